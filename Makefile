@@ -1,0 +1,45 @@
+# The commands of the README. Everything Berth makes lies in .venv (controller) and .berth (state).
+STRATEGY ?= pack
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PLAYBOOK := $(BIN)/ansible-playbook
+
+.PHONY: help setup up down verify status test lint unit e2e clean
+.DEFAULT_GOAL := help
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: ## .venv with ansible and the berth command
+	@PYTHON="$(PYTHON)" ./setup.sh
+
+up: setup ## The main job: place, serve and prove on this machine (STRATEGY=pack|spread|strict_pack|strict_spread)
+	@$(PLAYBOOK) site.yml -e strategy=$(STRATEGY) $(ARGS)
+
+verify: setup ## Compare plan, Ray and driver
+	@$(PLAYBOOK) playbooks/verify.yml $(ARGS)
+
+down: setup ## Stop exactly what `make up` started
+	@$(PLAYBOOK) playbooks/teardown.yml $(ARGS)
+
+test: setup ## The whole gate: lint, unit tests, the main job end to end
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory e2e
+
+lint: setup ## ruff, mypy, yamllint, ansible-lint
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy berth
+	@$(BIN)/yamllint .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline
+
+unit: setup ## Unit and property tests (a minute)
+	@$(BIN)/pytest tests/unit -m "not runtime" $(ARGS)
+
+e2e: setup ## The main job on real Ray and the real engine, then the unit tests that need Ray (minutes)
+	@$(BIN)/pytest tests/e2e -v --durations=12 $(ARGS)
+	@$(BIN)/pytest tests/unit -m runtime $(ARGS)
+
+clean: down ## Also remove everything that was installed
+	@rm -rf .venv .berth

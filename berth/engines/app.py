@@ -1,0 +1,31 @@
+"""What Serve's build task imports: the application of one berth, and the gateway's.
+
+Kept free of vLLM: the build task runs once per berth and vLLM's import alone takes some ten CPU seconds, so the
+engine is imported inside the replica, where it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from berth.engines.replica import Replica
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """One berth: an app with a single deployment named after its model.
+
+    ``args``: ``model`` (the name users ask for), ``engine``, ``source`` (directory or hub id), ``engine_args``
+    (vLLM's), ``gpus`` (how many the slot has), ``vram_mib`` (footprint per GPU), as berth.ray.serve_config writes them.
+    Everything Ray needs to place it stands in the config's ``deployments`` entry, never here, so that a change of
+    count restarts nothing.
+    """
+    return serve.deployment(Replica, name=str(args["model"])).bind(args)
+
+
+def build_gateway(args: dict[str, Any]) -> serve.Application:
+    """The one app that owns the route: its table of berths is ``user_config``."""
+    from berth.engines.gateway import gateway_class
+
+    return serve.deployment(gateway_class(), name="gateway").bind()

@@ -1,0 +1,78 @@
+"""vLLM inside one slot, through ray.serve.llm's server: its protocol, metrics and LoRA loading, but our placement.
+
+Stock ray.serve.llm asks for a placement group and hands vLLM to Ray's executor. Inside a slot both are in the way:
+the replica already holds the GPU, an inner reservation would wait for it for ever (ray #59064, vllm #14610). So the
+engine here uses vLLM's own executors over the GPUs the slot sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest, ErrorResponse
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine, _normalize_vllm_engine_kwargs
+from ray.llm._internal.serve.engines.vllm.vllm_models import FrontendArgs
+from ray.serve.llm import LLMConfig, LLMServer
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+
+RUNNERS = {"llm": "generate", "embedding": "pooling", "rerank": "pooling"}
+"""vLLM's runner for each engine of the app list."""
+
+
+class SlotEngine(VLLMEngine):  # type: ignore[misc]
+    """ray.serve.llm's vLLM engine without its remote configuration task and without Ray's executor."""
+
+    def _prepare_engine_config(self, callback_ctx: Any) -> Any:
+        config = self.llm_config.get_engine_config()
+        kwargs = config.get_initialization_kwargs()
+        kwargs["distributed_executor_backend"] = "uni" if config.num_devices == 1 else "mp"
+        args = AsyncEngineArgs(**_normalize_vllm_engine_kwargs(kwargs))
+        try:
+            vllm_config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        except Exception as error:
+            # vLLM's validation errors cannot be pickled, and Serve has to carry the text to whoever asks why.
+            raise RuntimeError(f"vLLM refuses the engine arguments of {self.llm_config.model_id}: {error}") from None
+        return args, FrontendArgs(**config.frontend_kwargs), vllm_config
+
+
+class SlotServer(LLMServer):  # type: ignore[misc]
+    """LLMServer that lives in a slot: no placement group, no download tasks on other nodes."""
+
+    _default_engine_cls = SlotEngine
+
+    async def start(self) -> None:
+        self._llm_config._callback_instance = CallbackBase(
+            llm_config=self._llm_config,
+            ctx_kwargs={"placement_group": None, "runtime_env": {}, "run_init_node": False},
+        )
+        await super().start()
+        if self._llm_config.engine_kwargs["runner"] == "generate":
+            await self._warm_up()
+
+    async def _warm_up(self) -> None:
+        """One short completion before Serve calls the replica ready: the first request compiles kernels, and no user
+        should wait for that."""
+        request = CompletionRequest(model=self._llm_config.model_id, prompt="a", max_tokens=2, temperature=0.7)
+        async for answer in await self.completions(request):
+            if isinstance(answer, ErrorResponse):
+                raise RuntimeError(f"{self._llm_config.model_id}: the warm-up request failed: {answer.error.message}")
+
+
+def slot_server(config: dict[str, Any]) -> SlotServer:
+    """The server of one replica, not yet started; ``config`` as in berth.engines.app.build."""
+    engine_args = dict(config["engine_args"])
+    engine_args["runner"] = RUNNERS[config["engine"]]
+    if config["gpus"] > 1:
+        engine_args["tensor_parallel_size"] = config["gpus"]
+    if config.get("gpu_memory_utilization") is not None:
+        engine_args["gpu_memory_utilization"] = config["gpu_memory_utilization"]
+    llm_config = LLMConfig(
+        model_loading_config={"model_id": config["model"], "model_source": config["source"]},
+        # Not "no GPU": it keeps ray.serve.llm from asking Ray for devices that the replica already has.
+        accelerator_config={"kind": "cpu"},
+        engine_kwargs=engine_args,
+        log_engine_metrics=True,
+    )
+    return SlotServer.sync_init(llm_config)  # type: ignore[no-any-return]

@@ -1,0 +1,57 @@
+"""One replica: one actor in one slot, whatever engine runs inside.
+
+The methods are ray.serve.llm's LLMServer protocol, handed on to the engine's own server, so that ray.serve.llm's
+ingress talks to a berth as it would to its own deployments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from berth.engines.gpu_lock import gpu_locks
+from berth.engines.log_handlers import handlers_kept
+
+
+class Replica:
+    """The Serve deployment class of every berth.
+
+    The engine starts behind a lock per GPU: two engines that start together on one GPU measure each other's memory
+    (vLLM profiles free memory at start).
+    """
+
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._server = _server(config)
+        async with gpu_locks():
+            await self._server.start()
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await self._server.chat(request, raw_request_info)
+
+    async def completions(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await self._server.completions(request, raw_request_info)
+
+    async def embeddings(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await self._server.embeddings(request, raw_request_info)
+
+    async def score(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await self._server.score(request, raw_request_info)
+
+    async def tokenize(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await self._server.tokenize(request, raw_request_info)
+
+    async def detokenize(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await self._server.detokenize(request, raw_request_info)
+
+    async def check_health(self) -> None:
+        await self._server.check_health()
+
+
+def _server(config: dict[str, Any]) -> Any:
+    if config["engine"] == "light":
+        from berth.engines.light import LightServer
+
+        return LightServer(config)
+    with handlers_kept():
+        from berth.engines.llm import slot_server
+
+    return slot_server(config)

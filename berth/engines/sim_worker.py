@@ -1,0 +1,26 @@
+"""vLLM's worker on a simulated GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from berth.gpu.sim import allocator
+
+
+class SimGpuWorker(CPUWorker):  # type: ignore[misc]
+    """Takes on the simulated GPU what vLLM really holds: the weights it loaded and the KV cache it was given.
+
+    Never the planned figure, so that the driver's view stays an independent witness.
+    """
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        tensors = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.get_model().parameters()}
+        allocator.allocate(sum(tensors.values()), self.local_rank)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        # The driver refuses before the memory is touched, as on a real card.
+        allocator.allocate(sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors), self.local_rank)
+        super().initialize_from_config(kv_cache_config)

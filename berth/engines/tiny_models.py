@@ -1,0 +1,82 @@
+"""Tiny random models from a fixed seed, for machines where no weights can be had.
+
+They load through the same code as real ones; pointing ``model`` at a directory or a hub id is all that changes.
+Run in the runtime environment: ``python -m berth.engines.tiny_models DIR``.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SEED = 0
+MODELS = ("chat", "embedding", "rerank")
+_SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+_TEXT = "the quick brown fox jumps over the lazy dog. hello world, replicas and slots on gpus"
+_CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def main(directory: Path) -> bool:
+    """Build whatever of MODELS is missing under ``directory``; tells whether anything was built."""
+    missing = [name for name in MODELS if not (directory / name / "config.json").is_file()]
+    if not missing:
+        return False
+    import torch
+
+    tokenizer = _tokenizer()
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in missing:
+        torch.manual_seed(SEED)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=f".{name}.") as scratch:
+            target = Path(scratch) / name
+            _model(name).to(torch.bfloat16).save_pretrained(target)
+            tokenizer.save_pretrained(target)
+            target.rename(directory / name)
+    return True
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=_SPECIAL, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([_TEXT] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=2048
+    )
+    fast.chat_template = _CHAT
+    return fast
+
+
+def _model(name: str) -> Any:
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+    common = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    if name == "rerank":
+        config = BertConfig(**common, num_attention_heads=2, max_position_embeddings=512, num_labels=1)
+        return BertForSequenceClassification(config)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **common,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=2048,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    print("built" if main(Path(sys.argv[1])) else "present")

@@ -1,0 +1,337 @@
+"""From what Serve runs to what the plan wants, one safe step at a time: make, switch, break.
+
+``next_step`` looks only at the present, so a rollout that was killed goes on where it stood. In every step a slot is
+promised no more than it has, and a berth that stays is not touched. A berth whose process must be another (its
+arguments or actor options change) counts as one that goes and comes: off the gateway's table first, and never all of
+a model's berths at once where it has more than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from berth.errors import BerthError
+from berth.ray.serve_config import BUILD, BUILD_GATEWAY, GATEWAY, ServeOptions, gateway_app, gateway_table
+
+Config = Mapping[str, Any]
+Change = Literal["same", "new", "adjust", "shrink", "restart"]
+
+
+@dataclass(frozen=True)
+class Live:
+    """One app as Serve has it.
+
+    ``config`` is None once Serve forgot it (an app that is being deleted) and for apps that were not deployed through
+    REST, which a PUT leaves alone. ``stopping`` counts replicas that drain and still hold their memory.
+    """
+
+    name: str
+    status: str
+    message: str = ""
+    running: int = 0
+    stopping: int = 0
+    config: Config | None = None
+    route: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Made by Berth: told by the import path, so that a foreign app of a like name is left alone."""
+        if self.config is None:
+            return self.status == "DELETING" and ("@" in self.name or self.name == GATEWAY)
+        return self.config.get("import_path") in (BUILD, BUILD_GATEWAY)
+
+
+@dataclass(frozen=True)
+class Step:
+    """``put``: set Serve's apps to ``apps``. ``wait``: for ``waiting``. ``done``: nothing left to do.
+
+    ``down`` names the models that the gateway knows and that answer 503 until a later step is through.
+    """
+
+    kind: Literal["put", "wait", "done"]
+    why: str
+    apps: tuple[Config, ...] = ()
+    waiting: tuple[str, ...] = ()
+    down: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The aim: berths by app name, the models served (with or without berths), each slot's VRAM in MiB."""
+
+    berths: Mapping[str, Config]
+    models: Sequence[str]
+    capacity_mib: Mapping[str, int]
+    options: ServeOptions
+
+
+@dataclass
+class _Now:
+    live: Mapping[str, Live]
+    wanted: Wanted
+    foreign: list[Live] = field(default_factory=list)
+    ours: dict[str, Config] = field(default_factory=dict)
+    gateway: Config | None = None
+    leaving: list[str] = field(default_factory=list)
+    """Apps that drain: their memory is not free yet, and how much it is Serve no longer says."""
+
+    def __post_init__(self) -> None:
+        for name, app in sorted(self.live.items()):
+            if app.ours and (app.status == "DELETING" or app.stopping):
+                self.leaving.append(name)
+            if app.status == "DELETING":
+                continue
+            if app.config is None or not app.ours:
+                self.foreign.append(app)
+            elif name == GATEWAY:
+                self.gateway = app.config
+            else:
+                self.ours[name] = app.config
+
+    def full(self, name: str) -> bool:
+        """Every replica that its config asks for runs. Serve's status is no help: each PUT sets all to DEPLOYING."""
+        return name in self.ours and self.live[name].running >= _count(self.ours[name])
+
+    def ready(self, name: str) -> bool:
+        return self.full(name) and self.live[name].status == "RUNNING"
+
+    def change(self, name: str) -> Change:
+        """What becomes of a wanted berth."""
+        return _change(self.ours.get(name), self.wanted.berths[name])
+
+    def pending(self) -> list[str]:
+        """Wanted berths that are not there yet, or not yet as they should be; shrinking comes last."""
+        return [name for name in self.wanted.berths if self.change(name) not in ("same", "shrink")]
+
+    def put(self, why: str, ours: Mapping[str, Config], gateway: Config | None) -> Step:
+        foreign = [app.config for app in self.foreign if app.config is not None]
+        apps = [*foreign, *(ours[name] for name in sorted(ours)), *([gateway] if gateway else [])]
+        return Step("put", why, apps=tuple(apps), down=self._down(ours, gateway))
+
+    def _down(self, ours: Mapping[str, Config], gateway: Config | None) -> tuple[str, ...]:
+        """Planned models that the gateway knows and that no berth of its table answers once Serve has this config."""
+        before, after = _models(self.gateway), _models(gateway)
+        planned = {_model(app) for app in self.wanted.berths.values()}
+        up = {model for model, names in after.items() if any(self._answers(name, ours) for name in names)}
+        return tuple(sorted((planned & (before.keys() | after.keys())) - up)) if self.gateway else ()
+
+    def _answers(self, name: str, ours: Mapping[str, Config]) -> bool:
+        stays = name in self.ours and name in ours and _change(self.ours[name], ours[name]) != "restart"
+        return stays and self.live[name].running > 0
+
+
+def next_step(live: Mapping[str, Live], wanted: Wanted, retry_failed: bool = False) -> Step:
+    """The next thing to do, or what to wait for.
+
+    ``retry_failed``: take away apps that failed in an earlier run, so that they are made anew; without it a failed
+    app ends the rollout.
+
+    Raises:
+        BerthError: an app that is wanted failed to deploy, a foreign app has a name or the route we need, or the
+            plan promises more than a slot has.
+    """
+    now = _Now(live, wanted)
+    _refuse_foreign_clash(now)
+    if failed := _failed(now):
+        if not retry_failed:
+            raise BerthError("; ".join(f"{name} failed to deploy: {live[name].message.strip()}" for name in failed))
+        return _clear(now, failed)
+    make = {name: app for name, app in _fitting(now).items() if not now.full(name) or now.change(name) != "restart"}
+    gateway = now.gateway
+    if gateway is None and wanted.models and GATEWAY not in now.leaving:
+        gateway = gateway_app(_table(now), wanted.options)
+    if make or gateway is not now.gateway:
+        return now.put(f"make {', '.join(sorted(make) or [GATEWAY])}", {**now.ours, **make}, gateway)
+    # A berth that still has to change is waited for only while Serve is at work on it: the change may be its cure.
+    pending = now.pending()
+    waiting = tuple(
+        name
+        for name in sorted(now.ours)
+        if name in wanted.berths and not now.ready(name) and (name not in pending or live[name].status == "DEPLOYING")
+    )
+    if waiting:
+        return Step("wait", f"{', '.join(waiting)} to run", waiting=waiting)
+    return _switch_or_break(now)
+
+
+def _switch_or_break(now: _Now) -> Step:
+    if now.gateway is not None and not now.wanted.models:
+        return now.put("remove the gateway", now.ours, None)
+    changes = _changes(now)
+    if now.gateway is not None:
+        going = {name for name, target in changes.items() if not target or _change(now.ours[name], target) == "restart"}
+        gateway = gateway_app(_table(now, going), now.wanted.options)
+        if _change(now.gateway, gateway) != "same":
+            return now.put("switch the gateway's table", now.ours, gateway)
+        if now.live[GATEWAY].status != "RUNNING":
+            return Step("wait", f"{GATEWAY} to run", waiting=(GATEWAY,))
+    if changes:
+        ours = {name: app for name, app in {**now.ours, **changes}.items() if app is not None}
+        return now.put(_words(now, changes), ours, now.gateway)
+    if now.leaving:
+        return Step("wait", f"{', '.join(now.leaving)} to drain and stop", waiting=tuple(now.leaving))
+    if pending := now.pending():
+        raise BerthError(
+            f"no room for {', '.join(sorted(pending))} and nothing left to remove: "
+            "the plan promises more than its slots have",
+            mend="ansible-playbook site.yml --tags plan",
+        )
+    return Step("done", "as planned")
+
+
+def _fitting(now: _Now) -> dict[str, Config]:
+    """Pending berths that fit beside everything that is there now, new ones first.
+
+    A slot counts as full while anything drains there. Room that a restart will free counts once it is free.
+    """
+    capacity = now.wanted.capacity_mib
+    used: dict[str, int] = dict.fromkeys(capacity, 0)
+    for app in now.ours.values():
+        used[_slot(app)] = used.get(_slot(app), 0) + _vram(app)
+    for name in now.leaving:
+        slot = name.rpartition("@")[2]
+        used[slot] = used.get(slot, 0) + capacity.get(slot, 0)
+    fitting = {}
+    berths = now.wanted.berths
+    for name in sorted(now.pending(), key=lambda name: (now.change(name) == "restart", -_vram(berths[name]), name)):
+        app, present = berths[name], now.ours.get(name)
+        extra = _vram(app) - (_vram(present) if present else 0)
+        if used.get(_slot(app), 0) + extra <= capacity.get(_slot(app), 0):
+            fitting[name] = app
+            used[_slot(app)] = used.get(_slot(app), 0) + max(0, extra)
+    return fitting
+
+
+def _changes(now: _Now) -> dict[str, Config | None]:
+    """What may go next: berths to remove (None), to shrink or to restart (their new config).
+
+    First what costs no model its last berth. Then, when nothing drains that could make room instead, what stands in
+    the way of berths that wait for room, and restarts of single berths.
+    """
+    berths, pending, restarts = now.wanted.berths, now.pending(), _fitting(now)
+    unfinished = {_model(berths[name]) for name in pending}
+    blocked = {_slot(berths[name]) for name in pending if name not in restarts}
+    ends = [name for name in now.ours if name not in berths or now.change(name) == "shrink"]
+    finished = [name for name in ends if _model(now.ours[name]) not in unfinished]
+    in_the_way = [name for name in ends if _slot(now.ours[name]) in blocked]
+    choices = [[*finished, *_some(now, restarts)]]
+    if not now.leaving:
+        choices += [_some(now, in_the_way), [*in_the_way, *restarts]]
+    return {name: berths.get(name) for name in next(filter(None, choices), [])}
+
+
+def _some(now: _Now, names: Iterable[str]) -> list[str]:
+    """Of each model at most half of the berths that are ready, so that one is left; and all that are not ready."""
+    chosen, taken = [], dict[str, int]()
+    for name in sorted(names):
+        model = _model(now.ours[name])
+        ready = sum(1 for other, app in now.ours.items() if _model(app) == model and now.ready(other))
+        if not now.ready(name):
+            chosen.append(name)
+        elif taken.get(model, 0) < ready // 2:
+            chosen.append(name)
+            taken[model] = taken.get(model, 0) + 1
+    return chosen
+
+
+def _table(now: _Now, going: set[str] | None = None) -> dict[str, Any]:
+    """The berths the gateway may use: those that run and stay; a model that would be left with none keeps its old
+    ones while they are not about to go."""
+    going = going or set()
+    usable = [name for name in now.ours if now.ready(name) and name not in going]
+    staying = [now.wanted.berths[name] for name in usable if name in now.wanted.berths]
+    served = {_model(app) for app in staying}
+    fallback = [now.ours[name] for name in usable if _model(now.ours[name]) not in served]
+    return gateway_table(now.wanted.models, [*staying, *fallback])
+
+
+def _failed(now: _Now) -> list[str]:
+    names = [name for name in now.ours if name in now.wanted.berths] + ([GATEWAY] if now.gateway else [])
+    return sorted(name for name in names if now.live[name].status == "DEPLOY_FAILED")
+
+
+def _clear(now: _Now, failed: Sequence[str]) -> Step:
+    keep = {name: app for name, app in now.ours.items() if name not in failed}
+    gateway = None
+    if now.gateway is not None and GATEWAY not in failed:
+        left = {model: [name for name in names if name in keep] for model, names in _models(now.gateway).items()}
+        gateway = gateway_app(
+            gateway_table(left, [keep[name] for names in left.values() for name in names]), now.wanted.options
+        )
+    return now.put(f"clear what failed before: {', '.join(failed)}", keep, gateway)
+
+
+def _refuse_foreign_clash(now: _Now) -> None:
+    for app in now.foreign:
+        if app.name in now.wanted.berths or (app.name == GATEWAY and now.wanted.models):
+            raise BerthError(
+                f"a Serve app named {app.name} is there and is not Berth's",
+                mend="rename the model or remove that app",
+            )
+        # Serve leaves out of a config what its author left out; its default route is /.
+        route = app.route if app.config is None else app.config.get("route_prefix", "/")
+        if now.wanted.models and route == now.wanted.options.route_prefix:
+            raise BerthError(
+                f"the Serve app {app.name} has the gateway's route {route}",
+                mend="give that app another route_prefix, or set serve_apps_route_prefix",
+            )
+
+
+def _words(now: _Now, changes: Mapping[str, Config | None]) -> str:
+    restarts = [name for name, target in changes.items() if target and _change(now.ours[name], target) == "restart"]
+    breaks = [name for name in changes if name not in restarts]
+    parts = [("break", breaks), ("restart", restarts)]
+    return "; ".join(f"{verb} {', '.join(sorted(names))}" for verb, names in parts if names)
+
+
+def _change(present: Config | None, target: Config) -> Change:
+    """From Serve's config of an app to ours: ``adjust`` and ``shrink`` touch no replica that stays."""
+    if present is None:
+        return "new"
+    found, wanted = _essence(present), _essence(target)
+    if found == wanted:
+        return "same"
+    if any(found[key] != wanted[key] for key in ("name", "import_path", "args", "env", "actor")):
+        return "restart"
+    return "shrink" if _count(present) > _count(target) else "adjust"
+
+
+def _essence(app: Config) -> dict[str, Any]:
+    """The parts of an app's config that Berth decides; Serve adds defaults of its own around them."""
+    deployment = app["deployments"][0]
+    actor = deployment.get("ray_actor_options") or {}
+    return {
+        "import_path": app.get("import_path"),
+        "route_prefix": app.get("route_prefix"),
+        "args": app.get("args") or {},
+        "env": (app.get("runtime_env") or {}).get("env_vars") or {},
+        "actor": {key: actor.get(key) for key in ("num_cpus", "num_gpus", "resources", "label_selector")},
+        **{
+            key: deployment.get(key)
+            for key in ("name", "num_replicas", "max_ongoing_requests", "graceful_shutdown_timeout_s", "user_config")
+        },
+    }
+
+
+def _models(gateway: Config | None) -> dict[str, list[str]]:
+    """The gateway's table: the berths of each model, by name."""
+    config = (gateway["deployments"][0].get("user_config") or {}) if gateway else {}
+    return {model: [berth["app"] for berth in entry["berths"]] for model, entry in config.get("models", {}).items()}
+
+
+def _model(app: Config) -> str:
+    return str(app["args"]["model"])
+
+
+def _count(app: Config) -> int:
+    return int(app["deployments"][0]["num_replicas"])
+
+
+def _slot(app: Config) -> str:
+    return str(app["deployments"][0]["ray_actor_options"]["label_selector"]["berth.slot"])
+
+
+def _vram(app: Config) -> int:
+    return int(app["deployments"][0]["ray_actor_options"]["resources"]["VRAM_MB"]) * _count(app)

@@ -1,0 +1,121 @@
+"""Plan + app list -> Serve's declarative config: one app per berth, and the gateway's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from berth.codec import STRICT
+from berth.errors import BerthError
+from berth.plan.apps import AppSpec
+from berth.plan.types import Berth, Plan, Slot
+
+GATEWAY = "berth-gateway"
+BUILD = "berth.engines.app:build"
+BUILD_GATEWAY = "berth.engines.app:build_gateway"
+SHARED_GPU = 0.01
+"""Share of Ray's GPU that a replica on a shared slot asks for: a token, so that Ray sets its devices; VRAM_MB binds."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where Serve listens and how patiently it stops replicas (seconds)."""
+
+    __pydantic_config__ = STRICT
+    host: str
+    port: int
+    route_prefix: str = "/"
+    gateway_replicas: int = 1
+    drain_s: float = 60.0
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def berth_app(spec: AppSpec, berth: Berth, slot: Slot, options: ServeOptions) -> dict[str, Any]:
+    """The Serve app of one berth.
+
+    Counts stand in ``deployments`` only: a change of ``args`` restarts replicas, a change of ``num_replicas`` does not
+    (Ray 2.60, serve/_private/version.py).
+    """
+    gpus = len(slot.gpu_uuids)
+    env = {**options.env, **spec.env}
+    return {
+        "name": berth.name,
+        "route_prefix": None,
+        "import_path": BUILD,
+        "args": {
+            "model": spec.name,
+            "engine": spec.engine,
+            "source": spec.model,
+            "engine_args": dict(spec.engine_args),
+            "gpus": gpus,
+            "vram_mib": berth.vram_mib,
+            # vLLM checks total x utilization against what is free, even when the KV budget is given in bytes.
+            "gpu_memory_utilization": math.floor(10_000 * berth.vram_mib / slot.total_mib) / 10_000,
+        },
+        "runtime_env": {"env_vars": env} if env else {},
+        "deployments": [
+            {
+                "name": spec.name,
+                "num_replicas": berth.replicas,
+                "max_ongoing_requests": spec.max_ongoing_requests,
+                "graceful_shutdown_timeout_s": options.drain_s,
+                "ray_actor_options": {
+                    "num_cpus": spec.num_cpus,
+                    "num_gpus": SHARED_GPU if gpus == 1 else gpus,
+                    "resources": {"VRAM_MB": berth.vram_mib * gpus},
+                    "label_selector": {"berth.slot": slot.name},
+                },
+            }
+        ],
+    }
+
+
+def gateway_app(table: Mapping[str, Any], options: ServeOptions) -> dict[str, Any]:
+    """The gateway's app with its table; it lives on slots, so that it outlives the head."""
+    return {
+        "name": GATEWAY,
+        "route_prefix": options.route_prefix,
+        "import_path": BUILD_GATEWAY,
+        "args": {},
+        "deployments": [
+            {
+                "name": "gateway",
+                "num_replicas": options.gateway_replicas,
+                "max_ongoing_requests": 1000,
+                "user_config": dict(table),
+                "ray_actor_options": {"num_cpus": 0.1, "label_selector": {"berth.role": "slot"}},
+            }
+        ],
+    }
+
+
+def gateway_table(models: Iterable[str], berths: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """``user_config`` of the gateway: for each model the berths (their app configs) it may use, by name."""
+    table: dict[str, Any] = {model: {"berths": []} for model in sorted(models)}
+    for app in sorted(berths, key=lambda app: str(app["name"])):
+        model = app["args"]["model"]
+        table.setdefault(model, {"berths": []})
+        table[model]["berths"].append({"app": app["name"], "replicas": app["deployments"][0]["num_replicas"]})
+    return {"models": table}
+
+
+def berth_apps(plan: Plan, specs: Sequence[AppSpec], options: ServeOptions) -> dict[str, dict[str, Any]]:
+    """Every berth of the plan as a Serve app, by name.
+
+    Raises:
+        BerthError: the plan names a deployment that the app list no longer has.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    slots = {slot.name: slot for slot in plan.slots}
+    apps = {}
+    for berth in plan.berths:
+        if berth.deployment not in by_name:
+            raise BerthError(
+                f"the plan places {berth.deployment}, which the app list does not have",
+                allowed=", ".join(sorted(by_name)),
+                mend="ansible-playbook site.yml --tags plan,serve",
+            )
+        apps[berth.name] = berth_app(by_name[berth.deployment], berth, slots[berth.slot], options)
+    return apps

@@ -1,0 +1,139 @@
+"""The command line and environment of one Ray node: the head, or one slot. Pure functions over plain data.
+
+Why each option is given: several raylets share a host, and Ray's defaults assume that each has the host alone
+(memory, object store, ports, temporary directory).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from berth.codec import STRICT
+from berth.errors import BerthError
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """One ``ray start``. Memory in bytes; ``vram_mib`` is what each GPU of the slot can promise (0 for the head).
+
+    ``gpu_uuids`` are resolved to indices when the node starts, never before: indices change with the driver's mood.
+    """
+
+    __pydantic_config__ = STRICT
+    kind: Literal["head", "slot"]
+    name: str
+    cluster: str
+    ray: str
+    node_ip: str
+    gcs_address: str
+    temp_dir: str
+    token_file: str
+    dashboard_agent_port: int
+    metrics_port: int
+    num_cpus: float
+    memory_bytes: int
+    object_store_bytes: int
+    dashboard_host: str = "127.0.0.1"
+    dashboard_port: int = 0
+    client_port: int = 0
+    log_monitor: bool = True
+    gcs_storage_dir: str = ""
+    gpu_uuids: tuple[str, ...] = ()
+    vram_mib: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def slot_number(name: str) -> int:
+    """The n of a slot's name ``<host>-<n>``: what its ports are counted by.
+
+    Raises:
+        BerthError: the name has no number.
+    """
+    tail = name.rpartition("-")[2]
+    if not tail.isdigit():
+        raise BerthError("a slot's name has no number", found=name, allowed="<host>-<n>")
+    return int(tail)
+
+
+def slot_ports(names: Iterable[str], agent_base: int, metrics_base: int) -> dict[str, int]:
+    """Every fixed port that the slots ``names`` listen on, by what to call it in an error."""
+    ports = {}
+    for name in names:
+        ports[f"ray_slot_dashboard_agent_port_base + {slot_number(name)}"] = agent_base + slot_number(name)
+        ports[f"ray_slot_metrics_port_base + {slot_number(name)}"] = metrics_base + slot_number(name)
+    return ports
+
+
+def command(node: NodeConfig) -> list[str]:
+    """``ray start --block`` with everything that keeps nodes of one host apart (Ray 2.60)."""
+    common = [
+        node.ray,
+        "start",
+        "--block",
+        "--disable-usage-stats",
+        "--log-color=false",
+        f"--node-ip-address={node.node_ip}",
+        f"--temp-dir={node.temp_dir}",
+        f"--dashboard-agent-listen-port={node.dashboard_agent_port}",
+        f"--metrics-export-port={node.metrics_port}",
+        f"--num-cpus={node.num_cpus:g}",
+        f"--num-gpus={len(node.gpu_uuids)}",
+        f"--memory={node.memory_bytes}",
+        f"--object-store-memory={node.object_store_bytes}",
+        f"--include-log-monitor={node.log_monitor}",
+        f"--labels={json.dumps(labels(node), sort_keys=True)}",
+    ]
+    if node.kind == "head":
+        return [
+            *common,
+            "--head",
+            f"--port={node.gcs_address.rpartition(':')[2]}",
+            "--include-dashboard=True",
+            f"--dashboard-host={node.dashboard_host}",
+            f"--dashboard-port={node.dashboard_port}",
+            f"--ray-client-server-port={node.client_port}",
+        ]
+    # VRAM_MB is the name Ray's users give this resource; the unit is MiB, as the driver counts.
+    resources = {"VRAM_MB": node.vram_mib * len(node.gpu_uuids)}
+    return [
+        *common,
+        f"--address={node.gcs_address}",
+        f"--resources={json.dumps(resources)}",
+    ]
+
+
+def labels(node: NodeConfig) -> dict[str, str]:
+    """Ray node labels: what selectors match and what verification reads back."""
+    own = {"berth.role": node.kind, "berth.cluster": node.cluster}
+    if node.kind == "slot":
+        # Label values allow neither commas nor slashes; a dot is in no UUID.
+        own |= {"berth.slot": node.name, "berth.gpu": ".".join(node.gpu_uuids)}
+    return {**{key: value for key, value in node.labels.items() if value}, **own}
+
+
+def environment(node: NodeConfig, gpu_indices: tuple[str, ...]) -> dict[str, str]:
+    """The environment of ``ray start``, inherited by every worker and replica of the node."""
+    ours = {
+        "BERTH_CLUSTER": node.cluster,
+        "BERTH_UNIT": node.name if node.kind == "head" else f"slot@{node.name}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": node.token_file,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": ",".join(gpu_indices),
+        # Workers must outlive a head that is away for minutes; Ray's default is one minute.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "DO_NOT_TRACK": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if node.kind == "slot":
+        ours |= {"BERTH_SLOT": node.name, "BERTH_GPU_UUIDS": ",".join(node.gpu_uuids)}
+    if node.gcs_storage_dir:
+        # Serve's state survives a head restart without Redis (alpha in Ray 2.60, ray #63657).
+        ours |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": node.gcs_storage_dir}
+    return {**os.environ, **node.env, **ours}

@@ -1,0 +1,34 @@
+"""Filters for templates; each is a function of berth/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+
+from berth.errors import BerthError
+from berth.ray import start
+
+
+def slot_number(name: str) -> int:
+    """See berth.ray.start.slot_number."""
+    try:
+        return start.slot_number(name)
+    except BerthError as error:
+        raise AnsibleFilterError(str(error)) from None
+
+
+def slot_ports(names: Iterable[str], agent_base: int, metrics_base: int) -> dict[str, int]:
+    """See berth.ray.start.slot_ports."""
+    try:
+        return start.slot_ports(names, int(agent_base), int(metrics_base))
+    except BerthError as error:
+        raise AnsibleFilterError(str(error)) from None
+
+
+class FilterModule:
+    """Registers the filters."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {"slot_number": slot_number, "slot_ports": slot_ports}

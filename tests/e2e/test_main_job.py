@@ -1,0 +1,198 @@
+"""The main job with the real engine, on real raylets, beside a Ray cluster that is not ours.
+
+The tests stand in order: each goes on from where the one before left the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.cluster import ROOT, Cluster
+
+pytestmark = pytest.mark.e2e
+FOREIGN_PORT = 26379
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    made = Cluster("e2e", tmp_path_factory.mktemp("main") / "state", 25000)
+    yield made
+    made.teardown()
+
+
+def runtime() -> Path:
+    return next((ROOT / ".berth" / "runtime").glob("*/.complete")).parent
+
+
+@pytest.fixture(scope="module")
+def foreign(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[psutil.Process]]:
+    """Somebody else's Ray, started as people start it."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("BERTH_", "RAY_"))}
+    directory = Path(f"/tmp/foreign-ray-{os.getpid()}")
+    command = [
+        *(str(runtime() / "bin" / "ray"), "start", "--head", "--block", f"--port={FOREIGN_PORT}", "--num-cpus=1"),
+        *(f"--temp-dir={directory}", "--dashboard-port=26380", "--dashboard-agent-listen-port=26381"),
+        *("--ray-client-server-port=26382", "--metrics-export-port=26383", "--object-store-memory=80000000"),
+        *("--node-ip-address=127.0.0.1", "--disable-usage-stats", "--include-log-monitor=False"),
+    ]
+    with (tmp_path_factory.mktemp("foreign") / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    ours = psutil.Process(process.pid)
+    deadline = time.monotonic() + 60
+    while "raylet" not in {child.name() for child in ours.children(recursive=True)}:
+        assert time.monotonic() < deadline, "the foreign Ray did not start"
+        time.sleep(0.5)
+    time.sleep(3)
+    family = [ours, *ours.children(recursive=True)]
+    yield family
+    for member in [*ours.children(recursive=True), ours]:
+        member.kill()
+    subprocess.run(["rm", "-rf", str(directory)], check=True)
+
+
+def test_check_mode_on_a_fresh_machine_changes_nothing(cluster: Cluster) -> None:
+    run = cluster.site("pack", "--check", "--diff", extra={"berth_agent_root": str(cluster.state / "agent")}).ok()
+    assert "would be installed first" in " ".join(run.output.split())
+    assert not cluster.state.exists()
+    assert not cluster.run_dir.exists()
+
+
+def test_pack_shares_gpus_as_planned(cluster: Cluster) -> None:
+    run = cluster.site("pack").ok()
+    assert "waiting for" in run.output, "no progress was shown"
+    berths = cluster.plan()["berths"]
+    assert {berth["slot"] for berth in berths} == {"local-0"}
+    assert {berth["deployment"]: berth["replicas"] for berth in berths} == {"chat": 2, "embedding": 2, "rerank": 1}
+    report = cluster.verify()
+    assert (report["rc"], report["ok"], report["failures"]) == (0, True, [])
+
+
+def test_the_driver_sees_engines_below_their_replicas(cluster: Cluster) -> None:
+    """Asked of NVML and /proc alone: every process on the GPU descends from one replica, engines from chat's."""
+    replica_of = {pid: name for name, pids in cluster.replicas().items() for pid in pids.values()}
+    packed = cluster.plan()["slots"][0]["gpu_uuids"][0]
+    owners, below = set(), 0
+    for uuid, seen in cluster.nvml().items():
+        assert uuid == packed or not seen["pids"], f"{uuid} is used though everything is packed on {packed}"
+        for pid in map(int, seen["pids"]):
+            line = [pid, *(parent.pid for parent in psutil.Process(pid).parents())]
+            held = [replica for replica in line if replica in replica_of]
+            assert len(held) == 1, f"{pid} belongs to {held}"
+            owners.add(held[0])
+            below += held[0] != pid
+    assert owners == {pid for pid, name in replica_of.items() if name != "berth-gateway"}
+    assert below >= 2, "no engine process of its own: joining by process tree was not tried"
+
+
+def test_the_api_answers(cluster: Cluster) -> None:
+    models = cluster.api("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["chat", "embedding", "rerank"]
+    ask = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    answer = cluster.api("/v1/chat/completions", ask).json()
+    assert answer["usage"]["completion_tokens"] >= 1
+    stream = cluster.api("/v1/chat/completions", {**ask, "stream": True}, stream=True)
+    assert list(stream.iter_lines())[-2:] == [b"data: [DONE]", b""]
+    vector = cluster.api("/v1/embeddings", {"model": "embedding", "input": "hi"}).json()["data"][0]["embedding"]
+    assert len(vector) == 64
+    documents = ["a fox", "a dog", "a gpu"]
+    ranked = cluster.api("/v1/rerank", {"model": "rerank", "query": "dog", "documents": documents, "top_n": 2}).json()
+    assert len(ranked["results"]) == 2
+    scores = [row["relevance_score"] for row in ranked["results"]]
+    assert scores == sorted(scores, reverse=True)
+    assert cluster.api("/v1/chat/completions", {**ask, "model": "nobody"}).status_code == 404
+    logs = "".join(
+        file.read_text() for file in cluster.run_dir.glob("local-0/session_latest/logs/serve/replica_chat@*")
+    )
+    assert "CALL /v1/chat/completions OK" in logs, "vLLM's import closed the replica's log"
+
+
+def test_a_second_run_changes_nothing(cluster: Cluster) -> None:
+    before = cluster.replicas()
+    assert cluster.site("pack").ok().changed == 0
+    assert cluster.replicas() == before
+
+
+def test_check_mode_on_a_running_machine_tells_and_changes_nothing(cluster: Cluster) -> None:
+    before, plan = cluster.replicas(), cluster.plan()
+    run = cluster.site("spread", "--check", "--diff").ok()
+    assert run.changed >= 2
+    assert "make chat@local-1" in run.output
+    assert "break" in run.output
+    assert (cluster.replicas(), cluster.plan()) == (before, plan)
+
+
+def test_flip_to_spread_is_make_before_break(cluster: Cluster, foreign: list[psutil.Process]) -> None:
+    before, raylets = cluster.replicas(), _raylets(cluster)
+    load = Load(cluster)
+    with load:
+        cluster.site("spread").ok()
+    after = cluster.replicas()
+    placed = {name.split("@")[0]: set() for name in after if "@" in name}
+    for name, pids in after.items():
+        if "@" in name and pids:
+            placed[name.split("@")[0]].add(name.split("@")[1])
+            assert len(pids) == 1, f"{name} has {len(pids)} replicas"
+    assert {model: len(slots) for model, slots in placed.items()} == {"chat": 2, "embedding": 2, "rerank": 1}
+    assert _raylets(cluster) == raylets, "a raylet was restarted"
+    assert after["berth-gateway"] == before["berth-gateway"], "the gateway was restarted"
+    kept = after["chat@local-0"].items() & before["chat@local-0"].items()
+    assert len(kept) == 1, "the replica that stays was restarted"
+    assert load.sent > 20
+    assert load.failures == []
+    assert cluster.verify()["rc"] == 0
+
+
+def test_down_leaves_nothing_of_ours_and_everything_of_others(cluster: Cluster, foreign: list[psutil.Process]) -> None:
+    ports = [value for key, value in cluster.variables().items() if key.endswith("_port")]
+    cluster.teardown().ok()
+    assert cluster.processes() == []
+    assert not cluster.run_dir.exists()
+    assert not (cluster.state / "controller" / "lock").exists()
+    assert not cluster.sim_dir.exists()
+    for port in ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0, f"somebody still listens on {port}"
+    assert all(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in foreign)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", FOREIGN_PORT)) == 0, "the foreign Ray does not answer any more"
+
+
+class Load:
+    """Chat requests, one after the other, until the block ends; keeps what went wrong."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.sent, self.failures = 0, list[str]()
+        self._cluster, self._stop = cluster, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        ask = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        while not self._stop.wait(0.3):
+            self.sent += 1
+            try:
+                answer = self._cluster.api("/v1/chat/completions", ask)
+            except OSError as error:
+                self.failures.append(str(error))
+                continue
+            if answer.status_code != 200:
+                self.failures.append(f"{answer.status_code} {answer.text[:200]}")
+
+
+def _raylets(cluster: Cluster) -> set[int]:
+    return {item.pid for item in cluster.processes() if item.command == "raylet"}

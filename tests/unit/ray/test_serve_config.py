@@ -1,0 +1,168 @@
+"""What Berth asks of Serve. Serve drops keys that it does not know without a word, so they are checked here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from berth.errors import BerthError
+from berth.plan.types import Berth
+from berth.ray.serve_config import GATEWAY, ServeOptions, berth_app, berth_apps, gateway_app, gateway_table
+from tests.unit.ray.builders import OPTIONS, app, plan, slot, spec
+
+# ray/serve/schema.py of Ray 2.60: those keys of ServeApplicationSchema, DeploymentSchema and RayActorOptionsSchema
+# that a config of ours may use.
+APP_KEYS = {"name", "route_prefix", "import_path", "args", "runtime_env", "deployments"}
+DEPLOYMENT_KEYS = {
+    "name",
+    "num_replicas",
+    "max_ongoing_requests",
+    "graceful_shutdown_timeout_s",
+    "user_config",
+    "ray_actor_options",
+}
+ACTOR_KEYS = {"num_cpus", "num_gpus", "resources", "label_selector"}
+FULL_OPTIONS = ServeOptions("127.0.0.1", 8000, gateway_replicas=2, drain_s=30.0, env={"A": "1"})
+
+
+def berth(count: int = 1, vram: int = 2_000, gpus: int = 1, **changes: Any) -> dict[str, Any]:
+    place = slot("gpu01-0", 45_000, gpus, total=46_068)
+    return berth_app(spec("chat", **changes), Berth("chat", "gpu01-0", count, vram, "test"), place, OPTIONS)
+
+
+def actor(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config["deployments"][0]["ray_actor_options"])
+
+
+def test_a_berth_on_a_shared_slot() -> None:
+    config = berth(count=3)
+    assert config["name"] == "chat@gpu01-0"
+    assert config["route_prefix"] is None
+    assert config["deployments"][0]["name"] == "chat"
+    assert config["deployments"][0]["num_replicas"] == 3
+    assert actor(config) == {
+        "num_cpus": 0.5,
+        "num_gpus": 0.01,
+        "resources": {"VRAM_MB": 2_000},
+        "label_selector": {"berth.slot": "gpu01-0"},
+    }
+    assert config["args"]["gpus"] == 1
+
+
+def test_a_berth_on_a_slot_of_two_gpus_takes_both_whole() -> None:
+    config = berth(vram=40_000, gpus=2)
+    assert actor(config)["num_gpus"] == 2
+    assert actor(config)["resources"] == {"VRAM_MB": 80_000}
+    assert (config["args"]["gpus"], config["args"]["vram_mib"]) == (2, 40_000)
+
+
+@given(st.integers(1, 200_000), st.integers(0, 10_000))
+def test_the_engine_never_takes_more_than_its_share(vram: int, beside: int) -> None:
+    place = slot("gpu01-0", vram + beside, total=vram + beside)
+    config = berth_app(spec("chat"), Berth("chat", "gpu01-0", 1, vram, "test"), place, OPTIONS)
+    share = config["args"]["gpu_memory_utilization"]
+    assert share * place.total_mib <= vram * (1 + 1e-12)
+    assert vram / place.total_mib - share <= 1e-4
+    assert share <= 1
+
+
+def test_a_change_of_count_changes_nothing_that_restarts_replicas() -> None:
+    one, three = berth(count=1), berth(count=3)
+    one["deployments"][0].pop("num_replicas"), three["deployments"][0].pop("num_replicas")
+    assert one == three
+
+
+def test_the_environment_is_the_fleets_under_the_models() -> None:
+    config = berth_app(
+        spec("chat", env={"A": "model", "B": "model"}),
+        Berth("chat", "gpu01-0", 1, 2_000, "test"),
+        slot("gpu01-0"),
+        ServeOptions("127.0.0.1", 8000, env={"A": "fleet", "C": "fleet"}),
+    )
+    assert config["runtime_env"] == {"env_vars": {"A": "model", "B": "model", "C": "fleet"}}
+    assert berth()["runtime_env"] == {}
+
+
+def test_the_gateway_has_its_table_where_a_change_restarts_nothing() -> None:
+    table = gateway_table(["chat", "rerank"], [app("chat", "gpu01-1", 2), app("chat", "gpu01-0")])
+    assert table == {
+        "models": {
+            "chat": {"berths": [{"app": "chat@gpu01-0", "replicas": 1}, {"app": "chat@gpu01-1", "replicas": 2}]},
+            "rerank": {"berths": []},
+        }
+    }
+    config = gateway_app(table, OPTIONS)
+    assert (config["name"], config["route_prefix"], config["args"]) == (GATEWAY, "/", {})
+    assert config["deployments"][0]["user_config"] == table
+    assert actor(config) == {"num_cpus": 0.1, "label_selector": {"berth.role": "slot"}}
+
+
+def test_a_berth_of_a_model_that_is_no_longer_wanted_stays_in_the_table_until_it_goes() -> None:
+    assert gateway_table([], [app("chat", "gpu01-0")])["models"]["chat"]["berths"][0]["app"] == "chat@gpu01-0"
+
+
+def test_every_berth_of_the_plan_becomes_an_app() -> None:
+    slots = [slot("gpu01-0"), slot("gpu01-1")]
+    found = berth_apps(
+        plan(slots, [("chat", "gpu01-0", 1, 2_000), ("chat", "gpu01-1", 2, 2_000)]), [spec("chat")], OPTIONS
+    )
+    assert list(found) == ["chat@gpu01-0", "chat@gpu01-1"]
+    assert [actor(config)["label_selector"]["berth.slot"] for config in found.values()] == ["gpu01-0", "gpu01-1"]
+
+
+def test_a_plan_older_than_the_app_list_is_refused() -> None:
+    with pytest.raises(BerthError, match="places chat, which the app list does not have; allowed: rerank; mend: "):
+        berth_apps(plan([slot("gpu01-0")], [("chat", "gpu01-0", 1, 2_000)]), [spec("rerank")], OPTIONS)
+
+
+def everything() -> dict[str, Any]:
+    """A config with every key that Berth ever writes."""
+    berth_config = berth_app(
+        spec("chat", env={"B": "2"}, engine_args={"max_model_len": 512}),
+        Berth("chat", "gpu01-0", 2, 2_000, "test"),
+        slot("gpu01-0"),
+        FULL_OPTIONS,
+    )
+    pair = berth_app(spec("big"), Berth("big", "gpu02-0", 1, 6_000, "test"), slot("gpu02-0", gpus=2), FULL_OPTIONS)
+    gateway = gateway_app(gateway_table(["chat", "big"], [berth_config, pair]), FULL_OPTIONS)
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "applications": [berth_config, pair, gateway],
+    }
+
+
+def test_no_key_that_serve_would_drop() -> None:
+    for config in everything()["applications"]:
+        assert config.keys() <= APP_KEYS
+        for deployment in config["deployments"]:
+            assert deployment.keys() <= DEPLOYMENT_KEYS
+            assert deployment["ray_actor_options"].keys() <= ACTOR_KEYS
+
+
+ECHO = """
+import json, sys
+from ray.serve.schema import ServeDeploySchema
+config = ServeDeploySchema.model_validate(json.load(sys.stdin))
+print(json.dumps(config.model_dump(exclude_unset=True), default=str))
+"""
+
+
+@pytest.mark.runtime
+def test_serve_itself_keeps_every_key_and_value(runtime_python: str) -> None:
+    done = subprocess.run(
+        [runtime_python, "-c", ECHO],
+        input=json.dumps(everything()),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == everything()
