@@ -17,6 +17,7 @@ import psutil
 
 CLUSTER_VARIABLE = "BERTH_CLUSTER"
 MARK_FILE = ".berth-unit.json"
+HEAD_STATE_COMMAND = "gcs_server"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ def own_processes(cluster: str) -> list[OwnProcess]:
 def terminate(cluster: str, grace_s: float = 20.0, units: frozenset[str] | None = None) -> list[OwnProcess]:
     """End the cluster's processes (only those of ``units``, when given): SIGTERM, then SIGKILL after ``grace_s``.
 
+    The process that keeps the head's state goes first and without warning: asked to stop beside its nodes, it writes
+    down their goodbyes and not the end of their actors, and a head restarted on that state waits for ever for a Serve
+    controller on a node it knows to be gone (docs/decisions/0012).
+
     Returns what was there. Processes are asked for their mark again before each signal, so a pid that the kernel gave
     to somebody else meanwhile is not touched.
     """
@@ -90,7 +95,8 @@ def terminate(cluster: str, grace_s: float = 20.0, units: frozenset[str] | None 
         return [item for item in own_processes(cluster) if units is None or item.unit in units]
 
     first = mine()
-    _signal(first, signal.SIGTERM)
+    _signal([item for item in first if item.command == HEAD_STATE_COMMAND], signal.SIGKILL)
+    _signal([item for item in first if item.command != HEAD_STATE_COMMAND], signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while mine() and time.monotonic() < deadline:
         time.sleep(0.2)
