@@ -14,7 +14,7 @@ help: ## This list
 setup: ## .venv with ansible and the berth command
 	@PYTHON="$(PYTHON)" ./setup.sh
 
-up: setup ## The main job: place, serve and prove on this machine (STRATEGY=pack|spread|strict_pack|strict_spread)
+up: setup ## The main job: place, serve and prove on this machine (STRATEGY=pack|spread|strict_pack|strict_spread|balanced)
 	@$(PLAYBOOK) site.yml -e strategy=$(STRATEGY) $(ARGS)
 
 verify: setup ## Compare plan, Ray and driver

@@ -15,8 +15,9 @@ description:
 options:
   hosts:
     description:
-      - One entry per GPU host. Keys are C(host_gpus) (what M(gpu_info) returned for the host), C(rack), C(zone) and
-        C(slot_shapes) (lists of GPU UUIDs or indices that form one slot; every other GPU is a slot of its own).
+      - One entry per GPU host. Keys are C(host_gpus) (what M(gpu_info) returned for the host), C(rack), C(zone),
+        C(slot_shapes) (lists of GPU UUIDs or indices that form one slot; every other GPU is a slot of its own),
+        C(cordoned_gpus) (UUIDs or indices of GPUs that take nothing new) and C(gpu_costs) (product to cost, for pack).
     type: list
     elements: dict
     required: true
@@ -25,7 +26,8 @@ options:
     type: raw
     required: true
   strategy:
-    description: Cluster-wide strategy, one of C(pack), C(spread), C(strict_pack), C(strict_spread).
+    description: Cluster-wide strategy, one of C(pack), C(spread), C(strict_pack), C(strict_spread),
+        C(balanced).
     type: str
     default: pack
   cluster:

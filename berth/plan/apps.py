@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from berth.codec import STRICT, load
 from berth.errors import BerthError
-from berth.plan.types import Deployment, StrategyName
+from berth.plan.types import Affinity, Deployment, DomainName, StrategyName
 
 Engine = Literal["llm", "embedding", "rerank", "light"]
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
@@ -28,16 +29,21 @@ class AppSpec:
     """One model of the app list.
 
     ``vram_mib`` is the footprint of one replica on each of its GPUs, in MiB: a number, or one per GPU product with
-    ``default`` for the rest. ``model`` is a local directory or a hub id. ``engine_args`` go to vLLM as they are;
+    ``default`` for the rest; without it, it is predicted from ``config``, a ``config.json`` or a directory with one on
+    the controller (``model`` when not given), for ``concurrency`` requests of ``max_model_len`` tokens at once.
+    ``model`` is a local directory or a hub id. ``engine_args`` go to vLLM as they are;
     ``env`` is the environment of the replica's process. ``num_cpus`` is what Ray books per replica.
+    From ``priority`` on, the planner's words: see ``berth.plan.types.Deployment``.
     """
 
     __pydantic_config__ = STRICT
     name: str
     engine: Engine
     replicas: int
-    vram_mib: int | dict[str, int]
+    vram_mib: int | dict[str, int] | None = None
     model: str = ""
+    config: str = ""
+    concurrency: float | None = None
     gpus_per_replica: int = 1
     strategy: StrategyName | None = None
     products: tuple[str, ...] = ()
@@ -45,17 +51,39 @@ class AppSpec:
     max_ongoing_requests: int = 64
     engine_args: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    priority: int = 0
+    spread_over: DomainName | None = None
+    min_compute_capability: str = ""
+    require_nvlink: bool = False
+    pins: tuple[str, ...] = ()
+    affinity: tuple[Affinity, ...] = ()
+    anti_affinity: tuple[Affinity, ...] = ()
+    load: float = 1.0
 
-    def deployment(self) -> Deployment:
-        """The planner's view of this model."""
-        vram = self.vram_mib if isinstance(self.vram_mib, dict) else {"default": self.vram_mib}
+    @property
+    def given_mib(self) -> dict[str, int] | None:
+        """The footprints that the app list gives, per product; None when they are to be predicted."""
+        if self.vram_mib is None or isinstance(self.vram_mib, dict):
+            return self.vram_mib
+        return {"default": self.vram_mib}
+
+    def deployment(self, vram_mib: Mapping[str, int] | None = None) -> Deployment:
+        """The planner's view of this model; ``vram_mib`` are the predicted footprints where none are given."""
         return Deployment(
             name=self.name,
             replicas=self.replicas,
-            vram_mib=dict(vram),
+            vram_mib=dict(self.given_mib or vram_mib or {}),
             gpus_per_replica=self.gpus_per_replica,
             strategy=self.strategy,
             products=self.products,
+            min_compute_capability=self.min_compute_capability,
+            require_nvlink=self.require_nvlink,
+            spread_over=self.spread_over,
+            affinity=self.affinity,
+            anti_affinity=self.anti_affinity,
+            pins=self.pins,
+            priority=self.priority,
+            load=self.load,
         )
 
 
@@ -89,16 +117,24 @@ def _check(app: AppSpec, mend: str) -> None:
             raise BerthError(
                 f"app {app.name}: {key} is too small", found=getattr(app, key), allowed=f">= {low}", mend=mend
             )
-    sizes = app.vram_mib if isinstance(app.vram_mib, dict) else {"default": app.vram_mib}
-    for product, size in sizes.items():
+    for product, size in (app.given_mib or {}).items():
         if size < 1:
             raise BerthError(
                 f"app {app.name}: vram_mib for {product} is not a footprint", found=size, allowed=">= 1 MiB", mend=mend
             )
-    if not sizes:
+    if app.given_mib == {}:
         raise BerthError(
             f"app {app.name}: vram_mib names no GPU product", allowed="a number, or default: MiB", mend=mend
         )
+    if app.engine == "light" and app.given_mib is None:
+        raise BerthError(f"app {app.name}: a light app has no model to predict vram_mib from", mend="set its vram_mib")
+    if app.given_mib is not None and (app.concurrency is not None or app.config):
+        raise BerthError(
+            f"app {app.name}: vram_mib is given, so nothing is predicted from concurrency or config",
+            mend="remove vram_mib, or remove concurrency and config and set engine_args.kv_cache_memory_bytes",
+        )
+    if app.concurrency is not None and app.concurrency <= 0:
+        raise BerthError(f"app {app.name}: concurrency is too small", found=app.concurrency, allowed="> 0", mend=mend)
     if app.engine != "light" and not app.model:
         raise BerthError(
             f"app {app.name}: engine {app.engine} needs a model", allowed="a local directory or a hub id", mend=mend

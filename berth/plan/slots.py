@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from berth.codec import STRICT, load
 from berth.errors import BerthError
@@ -28,12 +28,16 @@ class HostInput:
     """One host for the planner: its GPUs, where it stands, and which GPUs are grouped into one slot.
 
     ``shapes`` lists groups of GPU UUIDs (or driver indices); every GPU in no group is a slot of its own.
+    ``cordoned`` names GPUs (UUIDs or indices) that take nothing new; ``costs`` maps a product to what one of its GPUs
+    counts in `pack` (1 when not named).
     """
 
     gpus: HostGpus
     rack: str = ""
     zone: str = ""
     shapes: tuple[tuple[str | int, ...], ...] = ()
+    cordoned: tuple[str | int, ...] = ()
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,26 @@ class _RawHost:
     rack: str | int | None = None
     zone: str | int | None = None
     slot_shapes: tuple[tuple[str | int, ...], ...] | None = None
+    cordoned_gpus: tuple[str | int, ...] | None = None
+    gpu_costs: dict[str, float] | None = None
 
 
 def load_hosts(data: object) -> tuple[HostInput, ...]:
-    """Read a list of ``{host_gpus, rack, zone, slot_shapes}``.
+    """Read a list of ``{host_gpus, rack, zone, slot_shapes, cordoned_gpus, gpu_costs}``.
 
     Raises:
         BerthError: naming every key that is unknown, missing or of the wrong kind.
     """
     mend = "give each host what the gpu_info module returned for it, and rack, zone, slot_shapes from the inventory"
     return tuple(
-        HostInput(raw.host_gpus, _word(raw.rack), _word(raw.zone), raw.slot_shapes or ())
+        HostInput(
+            raw.host_gpus,
+            _word(raw.rack),
+            _word(raw.zone),
+            raw.slot_shapes or (),
+            raw.cordoned_gpus or (),
+            raw.gpu_costs or {},
+        )
         for raw in load(tuple[_RawHost, ...], data, "hosts", mend)
     )
 
@@ -85,6 +98,7 @@ def build_slots(
     slots: list[Slot] = []
     problems: list[str] = []
     for host in sorted(hosts, key=lambda item: item.gpus.host):
+        _check_marks(host, before)
         groups = _groups(host, before, problems)
         for number, gpus in groups:
             name = names.get(gpus[0].uuid) or _new_name(host.gpus.host, number, names.values())
@@ -95,6 +109,38 @@ def build_slots(
     present = {slot.gpu_uuids[0] for slot in slots}
     retired = {uuid: name for uuid, name in sorted(names.items()) if uuid not in present}
     return tuple(sorted(slots, key=lambda slot: natural(slot.name))), retired, tuple(problems)
+
+
+def _check_marks(host: HostInput, before: Mapping[str, Slot]) -> None:
+    for key in host.cordoned:
+        if _find(host.gpus.gpus, key) is None and not _was_there(host, host.gpus.gpus, key, before):
+            raise BerthError(
+                f"cordoned_gpus of {host.gpus.host} names a GPU that is not there",
+                found=key,
+                allowed=", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in host.gpus.gpus) or "none",
+                mend="correct placement_cordoned_gpus of this host",
+            )
+    for product, cost in host.costs.items():
+        if not cost > 0:
+            raise BerthError(
+                f"gpu_costs of {host.gpus.host}: the cost of {product} is not a price",
+                found=cost,
+                allowed="> 0",
+                mend="correct placement_gpu_costs",
+            )
+
+
+def _nvlink_group(gpus: Sequence[Gpu], host: HostInput) -> str:
+    """The NVLink island that all of ``gpus`` are in, called after the lowest index in it; "" when in none."""
+    peers = {gpu.uuid: set(gpu.nvlink_peers) for gpu in host.gpus.gpus}
+    island, edge = {gpus[0].uuid}, [gpus[0].uuid]
+    while edge:
+        found = {uuid for uuid in peers.get(edge.pop(), set()) if uuid in peers} - island
+        island |= found
+        edge += sorted(found)
+    if len(island) < 2 or any(gpu.uuid not in island for gpu in gpus):
+        return ""
+    return f"nvlink{min(gpu.index for gpu in host.gpus.gpus if gpu.uuid in island)}"
 
 
 def natural(name: str) -> tuple[tuple[str, int], ...]:
@@ -253,6 +299,10 @@ def _slot(
         foreign_mib=_step(foreign, before.foreign_mib if before else 0),
         rack=host.rack,
         zone=host.zone,
+        compute_capability=gpus[0].compute_capability or "",
+        nvlink_group=_nvlink_group(gpus, host),
+        cost=host.costs.get(gpus[0].product, 1.0),
+        cordoned=any(_find(host.gpus.gpus, key) in gpus for key in host.cordoned),
     )
 
 

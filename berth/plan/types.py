@@ -7,8 +7,13 @@ from typing import Literal
 
 from berth.codec import STRICT
 
-StrategyName = Literal["pack", "spread", "strict_pack", "strict_spread"]
-STRATEGIES: tuple[StrategyName, ...] = ("pack", "spread", "strict_pack", "strict_spread")
+StrategyName = Literal["pack", "spread", "strict_pack", "strict_spread", "balanced"]
+STRATEGIES: tuple[StrategyName, ...] = ("pack", "spread", "strict_pack", "strict_spread", "balanced")
+DomainName = Literal["zone", "rack", "host", "gpu"]
+DOMAINS: tuple[DomainName, ...] = ("zone", "rack", "host", "gpu")
+"""Where failures come together, the widest first."""
+HeadroomName = Literal["promised", "shared", "best_effort"]
+PlacementName = Literal["berths", "pool"]
 PLAN_VERSION = 1
 
 
@@ -19,7 +24,9 @@ class Slot:
     ``vram_mib`` is what each of its GPUs can promise to replicas: the driver's total less the driver's own
     reserve and ours. It does not move with what runs now, so a raylet that advertises it never restarts for it.
     ``foreign_mib`` is the most that strangers hold now on any one of its GPUs: the planner does not promise that part.
-    ``gpu_indices`` is for people to read, never an identity.
+    ``gpu_indices`` is for people to read, never an identity. ``compute_capability`` is NVIDIA's ("8.9"; "" when not
+    known), ``nvlink_group`` the name within the host of the GPUs linked by NVLink ("" for none), ``cost`` what each GPU
+    of the slot counts in `pack`. A ``cordoned`` slot takes nothing new; what stands there stays.
     """
 
     __pydantic_config__ = STRICT
@@ -33,6 +40,10 @@ class Slot:
     foreign_mib: int = 0
     rack: str = ""
     zone: str = ""
+    compute_capability: str = ""
+    nvlink_group: str = ""
+    cost: float = 1.0
+    cordoned: bool = False
 
     @property
     def free_mib(self) -> int:
@@ -41,11 +52,28 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Affinity:
+    """Another deployment, and the domain that replicas of both must share (affinity) or must not (anti-affinity)."""
+
+    __pydantic_config__ = STRICT
+    deployment: str
+    domain: DomainName = "host"
+
+
+@dataclass(frozen=True)
 class Deployment:
     """What the planner needs to know of one model: how many replicas, how large on which product.
 
     ``vram_mib`` maps a GPU product to the footprint per GPU of one replica; ``default`` stands for every
-    product not named.
+    product not named. ``replicas`` run now; with ``max_replicas`` Serve may grow up to it, and ``headroom`` says what
+    room that has: ``promised`` (reserved, nobody else's), ``shared`` (reserved once for all shared deployments, as much
+    as the one that grows most), ``best_effort`` (none). ``placement: pool`` lets Serve choose among the slots of the
+    plan: each is reserved for the most replicas that Serve may put there.
+    ``products``, ``min_compute_capability``, ``require_nvlink`` and ``pins`` (GPU UUIDs) say where a replica may be at
+    all, ``affinity`` and ``anti_affinity`` beside whom; ``spread_over`` is the widest domain that `spread` looks at
+    (every one when None; for `strict_spread` the domain of which no two replicas share one, "gpu" when None).
+    Of what does not fit, the lowest ``priority`` is left out first. ``load`` is the expected load of one replica on its
+    GPU, in any unit, for `balanced`. ``min_available`` replicas stay up during a migration (all but one when None).
     """
 
     __pydantic_config__ = STRICT
@@ -55,6 +83,18 @@ class Deployment:
     gpus_per_replica: int = 1
     strategy: StrategyName | None = None
     products: tuple[str, ...] = ()
+    max_replicas: int | None = None
+    headroom: HeadroomName = "promised"
+    placement: PlacementName = "berths"
+    min_compute_capability: str = ""
+    require_nvlink: bool = False
+    spread_over: DomainName | None = None
+    affinity: tuple[Affinity, ...] = ()
+    anti_affinity: tuple[Affinity, ...] = ()
+    pins: tuple[str, ...] = ()
+    priority: int = 0
+    load: float = 1.0
+    min_available: int | None = None
 
     def footprint_mib(self, product: str) -> int | None:
         """MiB per GPU on ``product``, or None when the model may not run there."""
@@ -65,7 +105,10 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Berth:
-    """One model's place on one slot: ``replicas`` of them, each taking ``vram_mib`` on each GPU of the slot."""
+    """One model's place on one slot: ``replicas`` of them, each taking ``vram_mib`` on each GPU of the slot.
+
+    ``reserved`` more may come there (autoscaling, pools) and have their room already; a berth may be nothing but room.
+    """
 
     __pydantic_config__ = STRICT
     deployment: str
@@ -73,6 +116,7 @@ class Berth:
     replicas: int
     vram_mib: int
     reason: str
+    reserved: int = 0
 
     @property
     def name(self) -> str:
@@ -82,12 +126,16 @@ class Berth:
 
 @dataclass(frozen=True)
 class Unplaced:
-    """Replicas that fit nowhere, and the sum that shows why."""
+    """Replicas that fit nowhere, the sum that shows why, and the cheapest way out.
+
+    ``shortage_mib`` is what is missing on the GPU nearest to holding one more, when memory is what is missing.
+    """
 
     __pydantic_config__ = STRICT
     deployment: str
     replicas: int
     reason: str
+    shortage_mib: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,3 +157,34 @@ class Plan:
     strategies: dict[str, StrategyName] = field(default_factory=dict)
     retired: dict[str, str] = field(default_factory=dict)
     version: int = PLAN_VERSION
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How good a plan is, and how good any could be.
+
+    ``lower_bound_gpus`` is proven: no plan that places as many replicas opens fewer GPUs (``lower_bound_cost``: costs
+    less). ``gap`` is (used - bound) / bound of what the strategy minimises, 0.0 when nothing is used; ``optimal`` says
+    that a solver proved the whole objective. ``moves`` counts standing replicas that change their slot;
+    ``max_gpu_load`` is the largest promised share of any GPU (0..1). ``method`` names how the plan was found.
+    """
+
+    __pydantic_config__ = STRICT
+    gpus_used: int
+    hosts_used: int
+    lower_bound_gpus: int
+    gap: float
+    moves: int
+    max_gpu_load: float
+    cost: float
+    lower_bound_cost: float
+    optimal: bool
+    method: str
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan and its summary. The summary is not part of the plan: planning anew with nothing to do is the same plan."""
+
+    plan: Plan
+    summary: Summary

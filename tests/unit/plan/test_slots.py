@@ -52,6 +52,30 @@ def test_a_vanished_gpu_retires_its_name_and_takes_it_up_again():
     assert names(back) == {"GPU-a": "gpu01-0", "GPU-x": "gpu01-3"}
 
 
+def test_the_slot_carries_what_the_planner_asks_of_its_gpus():
+    cards = [
+        replace(gpu(f"GPU-{name}", index), nvlink_peers=tuple(f"GPU-{peer}" for peer in peers), compute_capability="9.0")
+        for index, (name, peers) in enumerate([("a", "b"), ("b", "ac"), ("c", "b"), ("d", "")])
+    ]
+    where = HostInput(host("gpu01", *cards), shapes=((0, 2),), cordoned=("GPU-b", 3), costs={L40S: 2.5, T4: 9.0})
+    slots, _, _ = build_slots([where])
+    seen = [(slot.name, slot.nvlink_group, slot.cordoned, slot.cost, slot.compute_capability) for slot in slots]
+    assert seen == [
+        ("gpu01-0", "nvlink0", False, 2.5, "9.0"),
+        ("gpu01-1", "nvlink0", True, 2.5, "9.0"),
+        ("gpu01-2", "", True, 2.5, "9.0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("marks", "words"),
+    [({"cordoned": (7,)}, "names a GPU that is not there"), ({"costs": {L40S: 0.0}}, "is not a price")],
+)
+def test_a_wrong_mark_is_refused(marks, words):
+    with pytest.raises(BerthError, match=words):
+        build_slots([HostInput(host("gpu01", gpu("GPU-a", 0)), **marks)])
+
+
 def test_a_lost_gpu_gets_no_slot_and_its_number_is_left_free():
     slots, _, problems = build_slots(one(gpu("GPU-a", 0), gpu("lost-index-1", 1, lost="GPU is lost"), gpu("GPU-c", 2)))
     assert [slot.name for slot in slots] == ["gpu01-0", "gpu01-2"]
