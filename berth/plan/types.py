@@ -139,6 +139,21 @@ class Unplaced:
 
 
 @dataclass(frozen=True)
+class PlannedFootprint:
+    """Where a footprint on one GPU product comes from.
+
+    ``kv_cache_memory_bytes`` is the KV budget that belongs to it, to be set in vLLM. ``key`` is a hash of all it
+    follows from: while that stays, so does the figure, and no replica restarts for a better guess.
+    """
+
+    __pydantic_config__ = STRICT
+    vram_mib: int
+    source: Literal["predicted", "measured"]
+    key: str
+    kv_cache_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """Slots, berths and reasons. The same input gives the same plan, byte for byte.
 
@@ -146,6 +161,7 @@ class Plan:
     comes back gets its old name and no other GPU ever gets it.
     ``deployments`` lists every deployment asked for with its replica count, zero included, and ``strategies`` the
     strategy that held for each (its own, else the cluster's).
+    ``footprints`` tells for each deployment whose footprint is not given, and each product, where it comes from.
     """
 
     __pydantic_config__ = STRICT
@@ -156,6 +172,7 @@ class Plan:
     deployments: dict[str, int] = field(default_factory=dict)
     strategies: dict[str, StrategyName] = field(default_factory=dict)
     retired: dict[str, str] = field(default_factory=dict)
+    footprints: dict[str, dict[str, PlannedFootprint]] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
 

@@ -82,11 +82,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class RowReplica:
-    """A replica that Ray says is on a GPU: its berth (Serve app), Serve's state of it, its pid once it has one."""
+    """A replica that Ray says is on a GPU: its berth (Serve app), Serve's state of it, its pid once it has one.
+
+    ``vram_mib`` is what the driver says its processes hold on this GPU, None where the driver does not tell.
+    """
 
     berth: str
     state: str
     pid: int | None
+    vram_mib: int | None = None
 
 
 @dataclass(frozen=True)
@@ -566,11 +570,20 @@ def _rows(scene: _Scene) -> tuple[Row, ...]:
     return (*rows, *free)
 
 
+def _measured(scene: _Scene, item: _Standing, gpu: Gpu | None) -> int | None:
+    held = _held(scene, item)
+    if gpu is None or gpu.lost or item.replica.pid is None or _blind(gpu, held):
+        return None
+    return sum(process.vram_mib or 0 for where, process in held if where.uuid == gpu.uuid)
+
+
 def _row(scene: _Scene, slot: Slot, at: int) -> Row:
     uuid = slot.gpu_uuids[at]
     gpu = scene.gpu(slot, uuid)
     replicas = tuple(
-        RowReplica(item.app, item.replica.state, item.replica.pid) for item in scene.standing if item.slot == slot.name
+        RowReplica(item.app, item.replica.state, item.replica.pid, _measured(scene, item, gpu))
+        for item in scene.standing
+        if item.slot == slot.name
     )
     return Row(
         slot=slot.name,

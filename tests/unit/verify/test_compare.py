@@ -37,7 +37,13 @@ def test_all_as_wanted(lab):
         ("chat@a-0", "RUNNING", 102),
         ("embed@a-0", "RUNNING", 104),
     ]
+    assert sum(item.vram_mib for item in row.replicas) == row.nvml_mib - 20, "the driver keeps 20 beside its processes"
     assert dump(report)["rows"][1]["planned_mib"] == 0
+
+
+def test_what_a_replica_holds_is_not_guessed(lab):
+    lab.gpu(A0, processes=None)
+    assert {item.vram_mib for item in lab.report().rows[0].replicas} == {None}
 
 
 def test_ray_refused_is_drift_and_the_driver_is_still_asked(lab):
