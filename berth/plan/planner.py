@@ -24,13 +24,44 @@ from dataclasses import dataclass, field
 from berth.errors import BerthError
 from berth.plan import reasons
 from berth.plan.slots import natural
-from berth.plan.types import STRATEGIES, Berth, Deployment, Plan, Slot, StrategyName, Unplaced
+from berth.plan.types import STRATEGIES, Berth, Deployment, Plan, Slot, Solution, StrategyName, Summary, Unplaced
 
 MAX_REPLICAS_PER_SLOT = 100
 """Each replica on a shared slot asks for 0.01 of Ray's ``GPU``: the hundred-and-first would pend for ever."""
 
 SEARCH_NODES = 4000
 """Steps of the last-resort search; some tenths of a second, enough for the small tight cases that greedy refuses."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to plan: ``max_moves`` bounds the standing replicas that may be moved, ``repack`` puts the strategy before
+    standing still, ``regroup`` joins 1-GPU slots of one host for replicas of several GPUs, and fleets of at most
+    ``exact_gpus`` GPUs are planned by exact search (0: never)."""
+
+    max_moves: int | None = None
+    repack: bool = False
+    regroup: bool = False
+    exact_gpus: int = 64
+
+
+def solve(
+    slots: Sequence[Slot],
+    deployments: Sequence[Deployment],
+    strategy: str,
+    previous: Plan | None = None,
+    retired: Mapping[str, str] | None = None,
+    *,
+    options: Options | None = None,
+) -> Solution:
+    """The plan and how good it is."""
+    plan = make_plan(slots, deployments, strategy, previous, retired)
+    by_name = {slot.name: slot for slot in plan.slots}
+    used = [by_name[name] for name in sorted({berth.slot for berth in plan.berths})]
+    gpus = sum(len(slot.gpu_uuids) for slot in used)
+    cost = sum(slot.cost * len(slot.gpu_uuids) for slot in used)
+    summary = Summary(gpus, len({slot.host for slot in used}), 0, 0.0, 0, 0.0, cost, 0.0, False, "greedy")
+    return Solution(plan, summary)
 
 
 def make_plan(
