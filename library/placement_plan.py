@@ -22,7 +22,9 @@ options:
     elements: dict
     required: true
   apps:
-    description: The app list, as in C(serve_apps_list).
+    description:
+      - The app list, as in C(serve_apps_list). Where an app gives no C(vram_mib), it is predicted from its
+        C(config.json), or taken from C(footprints.json) beside O(path) when a replica like it ran before.
     type: raw
     required: true
   strategy:
@@ -121,10 +123,11 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib  # no
 
 IMPORT_ERROR = None
 try:
-    from berth.codec import dump
+    from berth.codec import dump, replace
     from berth.errors import BerthError
     from berth.plan.apps import load_apps
     from berth.plan.diff import describe, diff_plans, plan_text
+    from berth.plan.footprints import cards, footprints, store_beside
     from berth.plan.planner import check_strategy, make_plan
     from berth.plan.slots import build_slots, load_hosts
     from berth.plan.store import read_plan, write_plan
@@ -136,16 +139,18 @@ except ImportError:
 def plan_now(params):
     """The plan before, the plan now, and the problems met; touches nothing."""
     strategy = check_strategy(params["strategy"])
-    deployments = [app.deployment() for app in load_apps(params["apps"])]
-    before = read_plan(Path(params["path"]))
+    apps = load_apps(params["apps"])
+    path = Path(params["path"])
+    before = read_plan(path)
     hosts = load_hosts(params["hosts"])
     slots, retired, problems = build_slots(hosts, before, params["reserve_mib"], params["cluster"])
-    return (
-        before,
-        make_plan(slots, deployments, strategy, before, retired),
-        problems,
-        [host.gpus.host for host in hosts],
-    )
+    predicted = footprints(apps, cards(hosts, slots), before, store_beside(path))
+    deployments = [
+        app.deployment({product: item.vram_mib for product, item in predicted.get(app.name, {}).items()})
+        for app in apps
+    ]
+    plan = make_plan(slots, deployments, strategy, before, retired)
+    return (before, replace(plan, footprints=predicted), problems, [host.gpus.host for host in hosts])
 
 
 def result(before, plan, problems, hosts):

@@ -10,7 +10,7 @@ from typing import Any
 from berth.codec import STRICT
 from berth.errors import BerthError
 from berth.plan.apps import AppSpec
-from berth.plan.types import Berth, Plan, Slot
+from berth.plan.types import Berth, Plan, PlannedFootprint, Slot
 
 GATEWAY = "berth-gateway"
 BUILD = "berth.engines.app:build"
@@ -32,14 +32,17 @@ class ServeOptions:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def berth_app(spec: AppSpec, berth: Berth, slot: Slot, options: ServeOptions) -> dict[str, Any]:
-    """The Serve app of one berth.
+def berth_app(
+    spec: AppSpec, berth: Berth, slot: Slot, options: ServeOptions, footprint: PlannedFootprint | None = None
+) -> dict[str, Any]:
+    """The Serve app of one berth; ``footprint`` is its predicted one, whose KV budget is then set.
 
     Counts stand in ``deployments`` only: a change of ``args`` restarts replicas, a change of ``num_replicas`` does not
     (Ray 2.60, serve/_private/version.py).
     """
     gpus = len(slot.gpu_uuids)
     env = {**options.env, **spec.env}
+    budget = footprint.kv_cache_memory_bytes if footprint else None
     return {
         "name": berth.name,
         "route_prefix": None,
@@ -48,7 +51,7 @@ def berth_app(spec: AppSpec, berth: Berth, slot: Slot, options: ServeOptions) ->
             "model": spec.name,
             "engine": spec.engine,
             "source": spec.model,
-            "engine_args": dict(spec.engine_args),
+            "engine_args": {**spec.engine_args, **({"kv_cache_memory_bytes": budget} if budget else {})},
             "gpus": gpus,
             "vram_mib": berth.vram_mib,
             # vLLM checks total x utilization against what is free, even when the KV budget is given in bytes.
@@ -117,5 +120,7 @@ def berth_apps(plan: Plan, specs: Sequence[AppSpec], options: ServeOptions) -> d
                 allowed=", ".join(sorted(by_name)),
                 mend="ansible-playbook site.yml --tags plan,serve",
             )
-        apps[berth.name] = berth_app(by_name[berth.deployment], berth, slots[berth.slot], options)
+        slot = slots[berth.slot]
+        footprint = plan.footprints.get(berth.deployment, {}).get(slot.product)
+        apps[berth.name] = berth_app(by_name[berth.deployment], berth, slot, options, footprint)
     return apps
