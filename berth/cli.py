@@ -15,6 +15,7 @@ from typing import Any
 import ansible_runner
 
 from berth import __version__
+from berth.footprint import command as footprint_command
 from berth.plan.types import STRATEGIES
 
 OK, DRIFT, COULD_NOT_TELL = 0, 1, 2
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--strategy", choices=STRATEGIES, help="cluster-wide strategy")
         if name == "verify":
             command.add_argument("--json", action="store_true", help="print one object with ok and failures[]")
+    footprint_command.add_parser(commands)
     return parser
 
 

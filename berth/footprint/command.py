@@ -175,9 +175,9 @@ def _estimate(given: _Input, args: argparse.Namespace) -> Estimate:
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A config.json is anything at all: what no reader foresaw is still bad input, not a crash.
         raise BerthError(
-            "the model's config has a value that the arithmetic cannot use",
+            "the model's config or the engine arguments have a value that the arithmetic cannot use",
             found=f"{type(error).__name__}: {error}",
-            mend=f"correct {args.config}",
+            mend=f"correct {args.config}" + (f" or {args.engine}" if args.engine else ""),
         ) from error
 
 

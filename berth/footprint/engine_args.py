@@ -32,6 +32,11 @@ UNITS = {
     "T": 1 << 40,
 }
 
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+KV_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla",
+             "fp8_per_token_head", "int8_per_token_head", "nvfp4", "nvfp4_4over6")  # fmt: skip
+"""vLLM 0.29's CacheDType, less the layouts whose size is not known here (turboquant, int4)."""
+
 AUTO_LENGTH = "auto_max_model_len"
 """Key in ``EngineArgs.rest``: ``max_model_len`` was -1 or "auto", so the longest that fits is wanted."""
 
@@ -56,6 +61,9 @@ def read_engine_args(data: Mapping[str, Any], what: str = "engine arguments") ->
         rest[AUTO_LENGTH] = True
     for name in (FLAGS | WHOLE | SIZES) & set(given):
         _check_kind(given[name], name, what)
+    for name in {"dtype", "kv_cache_dtype"} & set(given):
+        if isinstance(given[name], str):
+            given[name] = given[name].removeprefix("torch.")
     if "speculative_config" in given:
         given["speculative_config"] = _mapping(given["speculative_config"], "speculative_config", what)
     if "compilation_config" in rest:
@@ -127,6 +135,14 @@ def _check_ranges(engine: EngineArgs, what: str) -> None:
         value = getattr(engine, name)
         if value is not None and value <= 0:
             raise BerthError(f"{what}: {name} must be positive", found=value, mend=MEND)
+    for name, known in (("dtype", DTYPES), ("kv_cache_dtype", KV_DTYPES)):
+        value = getattr(engine, name)
+        if value not in known:
+            raise BerthError(f"{what}: {name} is not known", found=value, allowed=", ".join(known), mend=MEND)
+    sizes = (engine.rest.get("compilation_config") or {}).get("cudagraph_capture_sizes")
+    sizes = engine.rest.get("cudagraph_capture_sizes") if sizes is None else sizes
+    if sizes is not None and not (isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)):
+        raise BerthError(f"{what}: cudagraph_capture_sizes is not a list of batch sizes", found=sizes, mend=MEND)
     capture = engine.max_cudagraph_capture_size
     if capture is not None and capture < 0:
         raise BerthError(f"{what}: max_cudagraph_capture_size must not be negative", found=capture, mend=MEND)

@@ -10,6 +10,7 @@ from typing import Any
 
 from berth.errors import BerthError
 from berth.footprint.architecture import Model, read_model
+from berth.footprint.architecture_config import Fields, text_config
 from berth.footprint.checkpoint import Checkpoint
 from berth.footprint.engine_args import AUTO_LENGTH
 from berth.footprint.kv_cache import KvCache, kv_cache
@@ -18,7 +19,7 @@ from berth.footprint.products import Product, product
 from berth.footprint.runtime import MIB, activation, batch_of, graphs, overhead
 from berth.footprint.runtime_coefficients import COEFFICIENTS, Coefficients
 from berth.footprint.types import EngineArgs, Footprint, Term
-from berth.footprint.weights import parameters, weights
+from berth.footprint.weights import parameters, scheme_of, weights
 
 ENGINE_VERSION = "0.29.0"
 """The vLLM whose arithmetic this is."""
@@ -27,6 +28,8 @@ DEFAULT_MODEL_LEN = 2048
 """Context of a model whose config.json tells none (vLLM 0.29, _get_and_verify_max_len)."""
 
 FP8_GENERATION = 8.9
+
+MOST_LAYERS = 2000
 
 ONE_BATCH_AHEAD, TOKENS_BY_CONCURRENCY = 27, 20
 """First minor versions of vLLM that keep a second batch in flight, and that print the cache's tokens as concurrency
@@ -122,12 +125,14 @@ def _case(
     engine_version: str,
     fitted: Coefficients,
 ) -> _Case:
+    _check_layers(config)
     model = read_model(config)
+    _check_division(model, engine)
     device = _device(gpu, gpu_total_mib)
     model_len = engine.max_model_len or model.max_position_embeddings or DEFAULT_MODEL_LEN
     batch = batch_of(model, engine, device, model_len)
     sized = replace(engine, max_num_batched_tokens=batch.tokens, max_num_seqs=batch.sequences)
-    if _minor(engine_version) < ONE_BATCH_AHEAD:
+    if minor_of(engine_version) < ONE_BATCH_AHEAD:
         sized = replace(sized, rest={**engine.rest, "async_scheduling": False})
     loaded = weights(model, sized, checkpoint)
     cache = kv_cache(model, sized)
@@ -140,6 +145,34 @@ def _case(
     notes = (*loaded.notes, *cache.notes, *batch.notes, *_notes(model, engine, device, engine_version))
     limit = _limit(engine, device)
     return _Case(model, engine, cache, model_len, terms, device, limit, engine_version, tuple(dict.fromkeys(notes)))
+
+
+def _check_layers(config: Mapping[str, Any]) -> None:
+    """Refuse a number of layers that no model has, before anything is made for each of them."""
+    count = Fields(text_config(config)).number("num_hidden_layers", 1)
+    if not 0 < count <= MOST_LAYERS:
+        raise BerthError(
+            "config.json: num_hidden_layers", found=count, allowed=f"1 to {MOST_LAYERS}", mend="correct config.json"
+        )
+
+
+def _check_division(model: Model, engine: EngineArgs) -> None:
+    """Refuse what vLLM refuses: heads that ranks do not divide, stages without a layer (config/parallel.py)."""
+    ranks, stages = engine.tensor_parallel_size, engine.pipeline_parallel_size
+    if model.heads % ranks:
+        raise BerthError(
+            "tensor_parallel_size does not divide the model's attention heads",
+            found=f"{ranks} ranks, {model.heads} heads",
+            allowed=", ".join(str(count) for count in range(1, model.heads + 1) if model.heads % count == 0),
+            mend="set tensor_parallel_size to one of these",
+        )
+    if stages > len(model.layers):
+        raise BerthError(
+            "pipeline_parallel_size is more than the model has layers",
+            found=stages,
+            allowed=f"1 to {len(model.layers)}",
+            mend="set pipeline_parallel_size lower",
+        )
 
 
 def _device(gpu: str | None, total_mib: float | None) -> Product | None:
@@ -166,7 +199,7 @@ def _limit(engine: EngineArgs, device: Product | None) -> float | None:
     share = engine.gpu_memory_utilization
     if share is None or engine.kv_cache_memory_bytes is not None:
         return float(device.total_mib)
-    return device.total_mib * share
+    return float(math.floor(device.total_mib * share))
 
 
 def _budget(case: _Case) -> int:
@@ -219,13 +252,13 @@ def _footprint(case: _Case, budget: int, measured: bool) -> Footprint:
         kv_cache_memory_bytes=budget if case.cache.groups else None,
         max_model_len=length,
         parameters=parameters(case.model),
-        gpus=case.engine.tensor_parallel_size * case.engine.pipeline_parallel_size,
+        gpus=case.engine.tensor_parallel_size * case.engine.pipeline_parallel_size * case.engine.data_parallel_size,
         measured=measured,
         notes=case.notes,
     )
 
 
-def _minor(version: str) -> int:
+def minor_of(version: str) -> int:
     """The minor version of a vLLM 0.x release; development builds without one count as the newest."""
     parts = version.split(".")
     known = len(parts) > 2 and parts[0] == "0" and parts[1].isdigit() and int(parts[1]) > 1
@@ -236,7 +269,7 @@ def _tokens(case: _Case, budget: int, length: int) -> int | None:
     """What the engine prints as "GPU KV cache size"."""
     if not case.cache.groups:
         return None
-    if _minor(case.engine_version) < TOKENS_BY_CONCURRENCY:
+    if minor_of(case.engine_version) < TOKENS_BY_CONCURRENCY:
         return budget // case.cache.bytes_per_block // len(case.cache.groups) * case.cache.block_size
     return case.cache.tokens_in(budget, length)
 
@@ -253,7 +286,7 @@ def _shortfall(case: _Case, footprint: Footprint, budget: int) -> BerthError | N
             mend=_shorter(cache.largest_model_len(budget, length)),
         )
     limit = case.limit_mib
-    if limit is None or footprint.safe_mib <= math.ceil(limit):
+    if limit is None or footprint.safe_mib <= limit:
         return None
     share = case.engine.gpu_memory_utilization
     where = f"{case.gpu.name if case.gpu else 'the GPU'} ({case.gpu.total_mib if case.gpu else 0} MiB)"
@@ -303,6 +336,8 @@ def _notes(model: Model, engine: EngineArgs, device: Product | None, engine_vers
     if device is not None and 0 < device.generation < FP8_GENERATION and _fp8(model, engine):
         notes.append(f"FP8 needs compute capability {FP8_GENERATION}; {device.name} has {device.compute_capability}:"
                      " weights stay FP8 (Marlin), the arithmetic is 16-bit")  # fmt: skip
+    if engine.quantization and scheme_of(model, engine) is None:
+        notes.append(f"quantization {engine.quantization} is not known: weights counted without it")
     longest = model.max_position_embeddings
     if engine.max_model_len and longest and engine.max_model_len > longest:
         notes.append(f"max_model_len {engine.max_model_len} is more than the model's {longest}: vLLM refuses it unless"

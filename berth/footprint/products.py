@@ -9,6 +9,9 @@ from berth.errors import BerthError
 
 GIB = 1 << 30
 
+SIZE_TOLERANCE = 0.12
+"""How far the size in a name may be from what the driver shows: labels round up, and ECC takes a part."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -99,9 +102,11 @@ def product(name: str) -> Product:
         return table[wanted]
     # "H100 80GB HBM3 (8 per host)", "1x L40S": what people add around a name.
     bare = _plain(re.sub(r"\(.*?\)|^\s*\d+\s*x\s+", " ", name, flags=re.IGNORECASE))
-    for candidate in (bare, re.sub(r"\s*\d+\s*gi?b$", "", bare)):
-        if candidate in table:
-            return table[candidate]
+    if bare in table:
+        return table[bare]
+    sized = re.fullmatch(r"(.*?)\s*(\d+)\s*gi?b", bare)
+    if sized and sized[1] in table and abs(table[sized[1]].total_mib / (int(sized[2]) * 1024) - 1) < SIZE_TOLERANCE:
+        return table[sized[1]]
     raise BerthError(
         "the GPU product is not known",
         found=name,
