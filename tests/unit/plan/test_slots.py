@@ -53,9 +53,10 @@ def test_a_vanished_gpu_retires_its_name_and_takes_it_up_again():
 
 
 def test_the_slot_carries_what_the_planner_asks_of_its_gpus():
+    linked = [("a", "b"), ("b", "ac"), ("c", "b"), ("d", "")]
     cards = [
-        replace(gpu(f"GPU-{name}", index), nvlink_peers=tuple(f"GPU-{peer}" for peer in peers), compute_capability="9.0")
-        for index, (name, peers) in enumerate([("a", "b"), ("b", "ac"), ("c", "b"), ("d", "")])
+        replace(gpu(f"GPU-{name}", at), nvlink_peers=tuple(f"GPU-{peer}" for peer in peers), compute_capability="9.0")
+        for at, (name, peers) in enumerate(linked)
     ]
     where = HostInput(host("gpu01", *cards), shapes=((0, 2),), cordoned=("GPU-b", 3), costs={L40S: 2.5, T4: 9.0})
     slots, _, _ = build_slots([where])

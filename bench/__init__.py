@@ -1,0 +1,1 @@
+"""Benchmarks: Berth against its peers, on the same inputs, in the same run. See README.md."""

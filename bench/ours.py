@@ -1,0 +1,37 @@
+"""Berth's planner as a contender: the same case in, the same kind of placements out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from bench.cases import Case
+from bench.checker import Placement
+from berth.codec import replace
+from berth.plan.planner import Options, solve
+from berth.plan.types import Plan, Solution
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the planner said, where the replicas stand in it, and how many seconds it thought."""
+
+    solution: Solution
+    placements: tuple[Placement, ...]
+    seconds: float
+
+
+def plan(case: Case, strategy: str = "pack", previous: Plan | None = None, exact_gpus: int | None = None) -> Answer:
+    """Berth's answer to ``case``. ``exact_gpus=0`` keeps the exact solver out (None: the planner's default)."""
+    options = Options(regroup=any(item.gpus_per_replica > 1 for item in case.deployments))
+    if exact_gpus is not None:
+        options = replace(options, exact_gpus=exact_gpus)
+    begun = time.perf_counter()
+    solution = solve(case.slots, case.deployments, strategy, previous, options=options)
+    return Answer(solution, placements_of(solution.plan), time.perf_counter() - begun)
+
+
+def placements_of(plan: Plan) -> tuple[Placement, ...]:
+    """One placement per replica of ``plan``."""
+    gpus = {slot.name: slot.gpu_uuids for slot in plan.slots}
+    return tuple(Placement(berth.deployment, gpus[berth.slot]) for berth in plan.berths for _ in range(berth.replicas))
