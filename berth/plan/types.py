@@ -129,6 +129,7 @@ class Unplaced:
     """Replicas that fit nowhere, the sum that shows why, and the cheapest way out.
 
     ``shortage_mib`` is what is missing on the GPU nearest to holding one more, when memory is what is missing.
+    ``room`` counts places beyond ``replicas`` that are promised (``headroom``, pools) and could not be reserved.
     """
 
     __pydantic_config__ = STRICT
@@ -136,6 +137,7 @@ class Unplaced:
     replicas: int
     reason: str
     shortage_mib: int | None = None
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Solution:
-    """A plan and its summary. The summary is not part of the plan: planning anew with nothing to do is the same plan."""
+    """A plan and its summary, which is not part of it: planning anew with nothing to do is the same plan."""
 
     plan: Plan
     summary: Summary
