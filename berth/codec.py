@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import tempfile
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -19,6 +21,11 @@ STRICT = ConfigDict(extra="forbid")
 """Set as ``__pydantic_config__`` on dataclasses whose unknown keys must be refused."""
 
 
+@functools.cache
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    return TypeAdapter(cast(Any, kind))
+
+
 def load(kind: type[T], data: object, what: str, mend: str | None = None) -> T:
     """Build ``kind`` (a dataclass or a generic of them) from plain JSON/YAML data.
 
@@ -26,7 +33,7 @@ def load(kind: type[T], data: object, what: str, mend: str | None = None) -> T:
         BerthError: naming every place that does not fit, the value found there and what is allowed.
     """
     try:
-        return TypeAdapter(kind).validate_python(data)
+        return cast(T, _adapter(cast(Hashable, kind)).validate_python(data))
     except ValidationError as error:
         problems = []
         for item in error.errors(include_url=False):

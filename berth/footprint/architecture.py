@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from berth.errors import BerthError
 from berth.footprint import architecture_encoders as encoders
 from berth.footprint import architecture_layers as layers
 from berth.footprint.architecture_config import Fields, text_config
@@ -32,10 +33,15 @@ def read_model(config: Mapping[str, Any]) -> Model:
     A config without hidden_size or vocab_size still tells the KV cache, but ``weights`` will refuse it.
 
     Raises:
-        BerthError: naming every key the arithmetic needs and the config lacks.
+        BerthError: naming every key the arithmetic needs and the config lacks, or ``architectures`` is no list of names.
     """
     outer = Fields(config)
-    architecture = str((config.get("architectures") or [""])[0])
+    named = config.get("architectures") or [""]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise BerthError(
+            "config.json: architectures is not a list of names", found=named, mend="give the model's own config.json"
+        )
+    architecture = named[0]
     if architecture in ENCODERS:
         return _finish(encoders.encoder(outer, architecture), config)
     if "Whisper" in architecture or outer.model_type == "whisper":

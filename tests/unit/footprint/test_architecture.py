@@ -163,3 +163,9 @@ def test_a_config_with_keys_missing_is_read_or_refused_never_a_crash(name: str, 
 def test_reading_does_not_depend_on_the_order_of_keys(name: str) -> None:
     config = case(name)["config"]
     assert read_model(dict(reversed(list(config.items())))) == read_model(config)
+
+
+@pytest.mark.parametrize("value", [7, [7], {"a": 1}, "LlamaForCausalLM"])
+def test_architectures_of_another_kind_are_refused(value: object) -> None:
+    with pytest.raises(BerthError, match="architectures is not a list of names"):
+        read_model({**case("llama")["config"], "architectures": value})
