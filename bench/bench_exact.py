@@ -29,6 +29,7 @@ class Figures:
     replicas: int
     optimal: bool
     seconds: float
+    cpu_seconds: float
     heuristic_seconds: float
     better: bool
     worse: bool
@@ -71,6 +72,7 @@ def measure(case: Case) -> Figures:
         replicas=case.replicas,
         optimal=summary.optimal,
         seconds=round(exact.seconds, 3),
+        cpu_seconds=round(exact.cpu_seconds, 3),
         heuristic_seconds=round(alone.seconds, 3),
         better=_objective(case, mine) < _objective(case, other),
         worse=_objective(case, mine) > _objective(case, other),
@@ -99,6 +101,9 @@ def _figures(found: Sequence[Figures]) -> dict[str, object]:
         "proven_within_limit": _share(found),
         "seconds_median": statistics.median(item.seconds for item in found),
         "seconds_max": max(item.seconds for item in found),
+        "cpu_seconds_median": statistics.median(item.cpu_seconds for item in found),
+        "cpu_seconds_max": max(item.cpu_seconds for item in found),
+        "proven": sum(item.optimal for item in found),
         "heuristic_seconds_median": statistics.median(item.heuristic_seconds for item in found),
         "better_than_heuristic": sum(item.better for item in found),
         "per_case": [asdict(item) for item in found],
@@ -111,7 +116,7 @@ def _show(found: Sequence[Figures]) -> None:
         kinds.setdefault(item.case.rsplit("-", 1)[0], []).append(item)
     show(
         "Exact search against the heuristic alone, by kind of case",
-        ("kind", "cases", "proven", "s median", "s max", "better", "worse", "GPUs, exact/heuristic"),
+        ("kind", "cases", "proven", "s median", "s max", "CPU s max", "better", "worse", "GPUs, exact/heuristic"),
         [
             (
                 kind,
@@ -119,6 +124,7 @@ def _show(found: Sequence[Figures]) -> None:
                 sum(item.optimal for item in items),
                 statistics.median(item.seconds for item in items),
                 max(item.seconds for item in items),
+                max(item.cpu_seconds for item in items),
                 sum(item.better for item in items),
                 sum(item.worse for item in items),
                 sum(item.gpus_used for item in items) / sum(item.heuristic_gpus for item in items),
@@ -133,7 +139,12 @@ def _targets(found: Sequence[Figures]) -> list[Target]:
     worse = [item.case for item in found if item.worse]
     wrong = sum(item.wrong for item in found)
     return [
-        Target(f"proven optimal within {SECONDS:.0f} s in {SHARE:.0%} of cases", f"{share:.1%}", share >= SHARE),
+        Target(
+            f"proven optimal within {SECONDS:.0f} s in {SHARE:.0%} of cases",
+            f"{share:.1%} ({sum(i.optimal for i in found)} proven; "
+            f"{max(i.cpu_seconds for i in found):.1f} CPU s at most)",
+            share >= SHARE,
+        ),
         Target("never worse than the heuristic", f"{', '.join(worse) or 'no case'} worse", not worse),
         Target("nothing oversold or broken", str(wrong), wrong == 0),
     ]

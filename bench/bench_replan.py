@@ -35,6 +35,7 @@ class Figures:
     unplaced_before: int
     wrong: int
     seconds: float
+    cpu_seconds: float
     moved_anew: int
     seconds_anew: float
 
@@ -98,6 +99,7 @@ def measure(case: Case, before: Answer, host: str) -> Figures:
         unplaced_before=case.replicas - len(before.placements),
         wrong=verdict.oversold_gpus + verdict.broken,
         seconds=round(after.seconds, 3),
+        cpu_seconds=round(after.cpu_seconds, 3),
         moved_anew=moved(standing, anew.placements),
         seconds_anew=round(anew.seconds, 3),
     )

@@ -14,11 +14,16 @@ from berth.plan.types import Plan, Solution
 
 @dataclass(frozen=True)
 class Answer:
-    """What the planner said, where the replicas stand in it, and how many seconds it thought."""
+    """What the planner said, where the replicas stand in it, and how long it thought.
+
+    ``seconds`` is the time that passed, ``cpu_seconds`` what the process computed: more than that passes where the
+    machine has other work.
+    """
 
     solution: Solution
     placements: tuple[Placement, ...]
     seconds: float
+    cpu_seconds: float
 
 
 def plan(case: Case, strategy: str = "pack", previous: Plan | None = None, exact_gpus: int | None = None) -> Answer:
@@ -26,9 +31,10 @@ def plan(case: Case, strategy: str = "pack", previous: Plan | None = None, exact
     options = Options(regroup=any(item.gpus_per_replica > 1 for item in case.deployments))
     if exact_gpus is not None:
         options = replace(options, exact_gpus=exact_gpus)
-    begun = time.perf_counter()
+    begun, computed = time.perf_counter(), time.process_time()
     solution = solve(case.slots, case.deployments, strategy, previous, options=options)
-    return Answer(solution, placements_of(solution.plan), time.perf_counter() - begun)
+    seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - computed
+    return Answer(solution, placements_of(solution.plan), seconds, cpu_seconds)
 
 
 def placements_of(plan: Plan) -> tuple[Placement, ...]:

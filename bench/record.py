@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
         "berth": berth.__version__,
         "python": platform.python_version(),
         "ortools": importlib.metadata.version("ortools"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, load {os.getloadavg()[1]:.1f} in the last 5 min",
     }
 
 

@@ -16,6 +16,7 @@ import ansible_runner
 
 from berth import __version__
 from berth.footprint import command as footprint_command
+from berth.plan import command as plan_command
 from berth.plan.types import STRATEGIES
 
 OK, DRIFT, COULD_NOT_TELL = 0, 1, 2
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "verify":
             command.add_argument("--json", action="store_true", help="print one object with ok and failures[]")
     footprint_command.add_parser(commands)
+    plan_command.add_parser(commands)
     return parser
 
 

@@ -44,6 +44,16 @@ options:
     description: The plan file. The one before it is kept beside it as C(*.previous.json).
     type: path
     required: true
+  max_moves:
+    description: >-
+      How many standing replicas may be moved so that others find room. Moves are made only where they let more be
+      placed, or with O(repack).
+    type: int
+    default: 0
+  repack:
+    description: Plan by the strategy alone, moving at most O(max_moves) standing replicas.
+    type: bool
+    default: false
   allow_unplaced:
     description: Write the plan even when some replicas fit nowhere.
     type: bool
@@ -128,7 +138,7 @@ try:
     from berth.plan.apps import load_apps
     from berth.plan.diff import describe, diff_plans, plan_text
     from berth.plan.footprints import cards, footprints, store_beside
-    from berth.plan.planner import check_strategy, make_plan
+    from berth.plan.planner import Options, check_strategy, solve
     from berth.plan.slots import build_slots, load_hosts
     from berth.plan.store import read_plan, write_plan
     from berth.report.map import plan_map
@@ -149,7 +159,8 @@ def plan_now(params):
         app.deployment({product: item.vram_mib for product, item in predicted.get(app.name, {}).items()})
         for app in apps
     ]
-    plan = make_plan(slots, deployments, strategy, before, retired)
+    options = Options(max_moves=params["max_moves"], repack=params["repack"])
+    plan = solve(slots, deployments, strategy, before, retired, options=options).plan
     return (before, replace(plan, footprints=predicted), problems, [host.gpus.host for host in hosts])
 
 
@@ -182,6 +193,8 @@ def main():
             "cluster": {"type": "str", "required": True},
             "reserve_mib": {"type": "int", "default": 512},
             "path": {"type": "path", "required": True},
+            "max_moves": {"type": "int", "default": 0},
+            "repack": {"type": "bool", "default": False},
             "allow_unplaced": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
@@ -196,7 +209,8 @@ def main():
             refused = "; ".join(f"{item.deployment}: {item.reason}" for item in plan.unplaced)
             module.fail_json(
                 msg=f"not every replica fits, nothing was written. {refused}. Mend: lower replicas or vram_mib in "
-                "serve_apps_list, add GPUs, or set allow_unplaced",
+                "serve_apps_list, add GPUs, let standing replicas move (-e placement_max_moves=4), or set "
+                "placement_allow_unplaced",
                 unplaced=[dump(item) for item in plan.unplaced],
             )
         answer = result(before, plan, problems, hosts)

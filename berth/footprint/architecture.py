@@ -33,7 +33,7 @@ def read_model(config: Mapping[str, Any]) -> Model:
     A config without hidden_size or vocab_size still tells the KV cache, but ``weights`` will refuse it.
 
     Raises:
-        BerthError: naming every key the arithmetic needs and the config lacks, or ``architectures`` is no list of names.
+        BerthError: naming every key the arithmetic needs and the config lacks; ``architectures`` is no list of names.
     """
     outer = Fields(config)
     named = config.get("architectures") or [""]

@@ -52,6 +52,10 @@ def describe(changes: tuple[Change, ...]) -> list[str]:
 
 
 def _line(change: Change) -> str:
+    if not change.before and not change.after:
+        # Nothing but room (``Berth.reserved``).
+        verb = "keep room at" if change.kind == "start" else "give up the room at"
+        return f"{verb} {change.berth}: {change.vram_mib} MiB for each replica to come"
     if change.kind == "start":
         return f"start {change.berth}: {_count(change.after)} of {change.vram_mib} MiB"
     if change.kind == "stop":
@@ -80,3 +84,98 @@ def plan_text(plan: Plan | None) -> str:
         lines += [f"  {berth.name}: {_count(berth.replicas)} of {berth.vram_mib} MiB" for berth in here]
     lines += [f"unplaced {item.deployment}: {_count(item.replicas)}: {item.reason}" for item in plan.unplaced]
     return "\n".join(lines) + "\n"
+
+
+# --- What it costs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How long a replica takes to start: ``start_s`` whatever its size (processes, compilation, CUDA graphs), and its
+    memory at ``load_mib_per_s``.
+
+    The defaults are on the slow side of a local disk and a warm compile cache; measure yours (a replica's log tells
+    when it began and when it served) and set them.
+    """
+
+    load_mib_per_s: float = 1024.0
+    start_s: float = 60.0
+
+    def seconds(self, vram_mib: int) -> float:
+        """Seconds until a replica of ``vram_mib`` on each of its GPUs serves; its GPUs load at the same time. The KV
+        cache is counted as if it were read too, so this errs on the long side."""
+        return self.start_s + vram_mib / self.load_mib_per_s
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What going from one plan to another takes, in replicas.
+
+    ``moved`` leave a GPU that is still there for another, ``restarted`` stay on theirs with another footprint,
+    ``replaced`` stood on GPUs that are gone, ``lost`` too, and have no new place. ``reload_mib`` is the VRAM that is
+    filled anew on all GPUs together, ``cold_start_s`` the seconds of all starts, one after another.
+    """
+
+    moved: int
+    restarted: int
+    replaced: int
+    lost: int
+    added: int
+    removed: int
+    reload_mib: int
+    cold_start_s: float
+
+
+@dataclass
+class _Flow:
+    """Replicas of one deployment that start and stop."""
+
+    starts: int = 0
+    stops: int = 0
+    restarts: int = 0
+    lost: int = 0
+
+
+def cost_of(old: Plan | None, new: Plan, rates: Rates | None = None) -> Cost:
+    """The cost of going from ``old`` to ``new``; a GPU is the same where its UUID is, whatever its slot is called."""
+    rates = rates or Rates()
+    was, now = by_gpus(old), by_gpus(new)
+    here = {uuid for slot in new.slots for uuid in slot.gpu_uuids}
+    flows: dict[str, _Flow] = {}
+    reload_mib, seconds = 0, 0.0
+    for key in sorted({*was, *now}):
+        name, gpus = key
+        flow = flows.setdefault(name, _Flow())
+        before, after = was.get(key), now.get(key)
+        old_count, new_count = (before.replicas if before else 0), (after.replicas if after else 0)
+        same = before is None or after is None or before.vram_mib == after.vram_mib
+        starts = max(0, new_count - old_count) if same else new_count
+        if not here.issuperset(gpus):
+            flow.lost += old_count
+            continue
+        flow.restarts += 0 if same else min(old_count, new_count)
+        flow.starts += max(0, new_count - old_count)
+        flow.stops += max(0, old_count - new_count)
+        if after is not None:
+            reload_mib += starts * after.vram_mib * len(gpus)
+            seconds += starts * rates.seconds(after.vram_mib)
+    replaced = {name: min(flow.starts, flow.lost) for name, flow in flows.items()}
+    moved = {name: min(flow.starts - replaced[name], flow.stops) for name, flow in flows.items()}
+    return Cost(
+        moved=sum(moved.values()),
+        restarted=sum(flow.restarts for flow in flows.values()),
+        replaced=sum(replaced.values()),
+        lost=sum(flow.lost - replaced[name] for name, flow in flows.items()),
+        added=sum(flow.starts - replaced[name] - moved[name] for name, flow in flows.items()),
+        removed=sum(flow.stops - moved[name] for name, flow in flows.items()),
+        reload_mib=reload_mib,
+        cold_start_s=round(seconds, 1),
+    )
+
+
+def by_gpus(plan: Plan | None) -> dict[tuple[str, tuple[str, ...]], Berth]:
+    """The berths of ``plan`` by deployment and GPUs (UUIDs, sorted)."""
+    if plan is None:
+        return {}
+    gpus = {slot.name: tuple(sorted(slot.gpu_uuids)) for slot in plan.slots}
+    return {(berth.deployment, gpus[berth.slot]): berth for berth in plan.berths}

@@ -1,16 +1,20 @@
 """Why a berth is where it is and why replicas fit nowhere, in words with numbers, for the engineer on call.
 
 Reasons follow from the finished plan alone, so planning twice tells the same; what happened once (a move) is kept with
-the berth for as long as nothing around it changes.
+the berth for as long as nothing around it changes. What many reasons speak of is counted once, in a ``Story``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from berth.plan.types import Berth, Deployment, Plan, Slot, StrategyName
+from berth.plan.types import Berth, Deployment, Plan, Slot, StrategyName, Unplaced
 
 SHOWN_SLOTS = 8
+SHOWN_WAYS = 4
+Look = tuple[str, str, int, int, int]
 
 
 def gib(mib: int) -> str:
@@ -23,58 +27,117 @@ def short_product(product: str) -> str:
     return product.removeprefix("NVIDIA ").strip()
 
 
-def why_here(
-    berth: Berth, slot: Slot, plan: Plan, previous: Plan | None, evicted: Mapping[tuple[str, str], int]
-) -> str:
-    """The reason of one berth of ``plan``; ``evicted`` tells who lost room on which slot in this run."""
-    before = _same_as_before(berth, slot, plan, previous)
+@dataclass(frozen=True)
+class Story:
+    """A plan and the one before it, indexed. ``evicted`` tells who lost room on which slot in this run."""
+
+    plan: Plan
+    previous: Plan | None
+    evicted: Mapping[tuple[str, str], int]
+    slots: Mapping[str, Slot]
+    by_slot: Mapping[str, tuple[Berth, ...]]
+    by_deployment: Mapping[str, tuple[Berth, ...]]
+    old_slots: Mapping[str, Slot]
+    old_berths: Mapping[tuple[str, str], Berth]
+    old_by_deployment: Mapping[str, tuple[Berth, ...]]
+    same_slots: frozenset[str]
+    same_deployments: frozenset[str]
+    uuids: frozenset[str]
+
+    @staticmethod
+    def of(plan: Plan, previous: Plan | None, evicted: Mapping[tuple[str, str], int]) -> Story:
+        """Index ``plan`` and ``previous``."""
+        by_slot, by_deployment = _by(plan, _slot), _by(plan, _deployment)
+        old_by_slot, old_by_deployment = _by(previous, _slot), _by(previous, _deployment)
+        return Story(
+            plan=plan,
+            previous=previous,
+            evicted=evicted,
+            slots={slot.name: slot for slot in plan.slots},
+            by_slot=by_slot,
+            by_deployment=by_deployment,
+            old_slots={slot.name: slot for slot in previous.slots} if previous else {},
+            old_berths={(item.deployment, item.slot): item for item in previous.berths} if previous else {},
+            old_by_deployment=old_by_deployment,
+            same_slots=_same(by_slot, old_by_slot),
+            same_deployments=_same(by_deployment, old_by_deployment),
+            uuids=frozenset(uuid for slot in plan.slots for uuid in slot.gpu_uuids),
+        )
+
+
+def _slot(berth: Berth) -> str:
+    return berth.slot
+
+
+def _deployment(berth: Berth) -> str:
+    return berth.deployment
+
+
+def _by(plan: Plan | None, key: Callable[[Berth], str]) -> dict[str, tuple[Berth, ...]]:
+    found: dict[str, list[Berth]] = defaultdict(list)
+    for berth in plan.berths if plan else ():
+        found[key(berth)].append(berth)
+    return {name: tuple(berths) for name, berths in found.items()}
+
+
+def _same(now: Mapping[str, tuple[Berth, ...]], then: Mapping[str, tuple[Berth, ...]]) -> frozenset[str]:
+    return frozenset(name for name in now if name in then and _looks(now[name]) == _looks(then[name]))
+
+
+def _looks(berths: Sequence[Berth]) -> set[Look]:
+    """Everything that a berth's reason speaks of."""
+    return {(item.deployment, item.slot, item.replicas, item.reserved, item.vram_mib) for item in berths}
+
+
+# --- Why here ---------------------------------------------------------------------------------------------------------
+
+
+def why_here(berth: Berth, story: Story) -> str:
+    """The reason of one berth of the story's plan."""
+    before = _same_as_before(berth, story)
     if before is not None:
         return before
-    strategy = plan.strategies[berth.deployment]
+    slot = story.slots[berth.slot]
+    strategy = story.plan.strategies[berth.deployment]
     where = f"{short_product(slot.product)} {slot.name}"
-    promised = sum(item.replicas * item.vram_mib for item in plan.berths if item.slot == slot.name)
+    promised = sum((item.replicas + item.reserved) * item.vram_mib for item in story.by_slot[slot.name])
     per_gpu = " on each GPU" if len(slot.gpu_uuids) > 1 else ""
     parts = [
-        f"{strategy}: {_manner(berth, slot, where, plan, strategy)}",
+        f"{strategy}: {_manner(berth, slot, where, story, strategy)}",
         f"{gib(promised)} of {gib(slot.vram_mib)} GiB promised{per_gpu}",
     ]
     if slot.foreign_mib:
         parts.append(f"{gib(slot.foreign_mib)} GiB held by strangers")
-    moved = _moved(berth, plan, previous, evicted)
+    if berth.reserved:
+        parts.append(f"room for {berth.reserved} more is kept")
+    moved = _moved(berth, story)
     return "; ".join(parts) + (f"; {moved}" if moved else "")
 
 
-def _same_as_before(berth: Berth, slot: Slot, plan: Plan, previous: Plan | None) -> str | None:
-    if previous is None or slot not in previous.slots:
+def _same_as_before(berth: Berth, story: Story) -> str | None:
+    before, name = story.previous, berth.deployment
+    if before is None or story.old_slots.get(berth.slot) != story.slots[berth.slot]:
         return None
-    if plan.strategies[berth.deployment] != previous.strategies.get(berth.deployment):
+    if story.plan.strategies[name] != before.strategies.get(name):
         return None
-    if plan.deployments[berth.deployment] != previous.deployments.get(berth.deployment):
+    if story.plan.deployments[name] != before.deployments.get(name):
         return None
-    if _around(berth, plan) != _around(berth, previous):
+    if berth.slot not in story.same_slots or name not in story.same_deployments:
         return None
-    return next((item.reason for item in previous.berths if item.name == berth.name), None)
+    return story.old_berths[name, berth.slot].reason
 
 
-def _around(berth: Berth, plan: Plan) -> set[tuple[str, str, int, int]]:
-    """Everything that a berth's reason speaks of."""
-    return {
-        (item.deployment, item.slot, item.replicas, item.vram_mib)
-        for item in plan.berths
-        if item.slot == berth.slot or item.deployment == berth.deployment
-    }
-
-
-def _manner(berth: Berth, slot: Slot, where: str, plan: Plan, strategy: StrategyName) -> str:
+def _manner(berth: Berth, slot: Slot, where: str, story: Story, strategy: StrategyName) -> str:
     if len(slot.gpu_uuids) > 1:
-        return f"has all {len(slot.gpu_uuids)} GPUs of {where} to itself"
-    mine = [item for item in plan.berths if item.deployment == berth.deployment]
+        link = f", linked by {slot.nvlink_group}" if slot.nvlink_group else ""
+        return f"has all {len(slot.gpu_uuids)} GPUs of {where} to itself{link}"
+    if not berth.replicas:
+        return f"nothing but room on {where}"
+    mine = story.by_deployment[berth.deployment]
     if strategy in ("spread", "strict_spread"):
-        return _spread_manner(berth, where, plan, mine)
-    others = [
-        item.deployment for item in plan.berths if item.slot == berth.slot and item.deployment != berth.deployment
-    ]
-    total = plan.deployments[berth.deployment]
+        return _spread_manner(berth, where, story, mine)
+    others = [item.deployment for item in story.by_slot[berth.slot] if item.deployment != berth.deployment]
+    total = story.plan.deployments[berth.deployment]
     one = berth.replicas == 1
     together = f"{berth.replicas} of {total} replica{'s' if total > 1 else ''}"
     beside = (
@@ -84,12 +147,13 @@ def _manner(berth: Berth, slot: Slot, where: str, plan: Plan, strategy: Strategy
     )
     if strategy == "strict_pack":
         return f"{beside}; all replicas are on {slot.host}, on {len(mine)} GPU{'s' if len(mine) > 1 else ''}"
+    if strategy == "balanced":
+        return f"{beside}; no GPU that may take it promises less load"
     return f"{beside}; {'it opens this GPU' if one and not others else 'opening another GPU was not needed'}"
 
 
-def _spread_manner(berth: Berth, where: str, plan: Plan, mine: Sequence[Berth]) -> str:
-    by_name = {slot.name: slot for slot in plan.slots}
-    homes = [by_name[item.slot] for item in mine]
+def _spread_manner(berth: Berth, where: str, story: Story, mine: Sequence[Berth]) -> str:
+    homes = [story.slots[item.slot] for item in mine]
     counts = [
         (len({home.zone for home in homes}), "zone"),
         (len({(home.zone, home.rack) for home in homes}), "rack"),
@@ -102,101 +166,220 @@ def _spread_manner(berth: Berth, where: str, plan: Plan, mine: Sequence[Berth]) 
     return f"{berth.replicas} on {where}; {replicas} over {', '.join(told)}"
 
 
-def _moved(berth: Berth, plan: Plan, previous: Plan | None, evicted: Mapping[tuple[str, str], int]) -> str:
-    if previous is None or any(item.name == berth.name for item in previous.berths):
+def _moved(berth: Berth, story: Story) -> str:
+    name = berth.deployment
+    if story.previous is None or (name, berth.slot) in story.old_berths:
         return ""
-    was = previous.strategies.get(berth.deployment)
-    if was is not None and was != plan.strategies[berth.deployment]:
+    was = story.previous.strategies.get(name)
+    if was is not None and was != story.plan.strategies[name]:
         return f"planned anew, the strategy was {was}"
-    by_name = {slot.name: slot for slot in plan.slots}
-    for (deployment, name), replicas in sorted(evicted.items()):
-        if deployment == berth.deployment:
-            slot = by_name[name]
+    old = story.old_by_deployment.get(name, ())
+    for item in old:
+        replicas = story.evicted.get((name, item.slot))
+        if replicas:
+            slot = story.slots[item.slot]
             stranger = f" and strangers hold {gib(slot.foreign_mib)} GiB there" if slot.foreign_mib else ""
-            return f"{replicas} moved off {name}, which can promise {gib(slot.vram_mib)} GiB{stranger}"
-    gone = [item.slot for item in previous.berths if item.deployment == berth.deployment and item.slot not in by_name]
-    return f"takes the place of {', '.join(gone)}, which is gone" if gone else ""
+            return f"{replicas} moved off {item.slot}, which can promise {gib(slot.vram_mib)} GiB{stranger}"
+    gone = [item.slot for item in old if not story.uuids.issuperset(story.old_slots[item.slot].gpu_uuids)]
+    if gone:
+        return f"takes the place of {_listed(gone)}, which is gone"
+    now = {item.slot: item.replicas for item in story.by_deployment[name]}
+    left = [item.slot for item in old if now.get(item.slot, 0) < item.replicas]
+    return f"moved from {_listed(left)} so that the plan as a whole is better" if left else ""
 
 
-def why_nowhere(
-    deployment: Deployment, strategy: StrategyName, plan: Plan, left: Mapping[str, int], missing: int
-) -> str:
-    """The sum that shows why ``missing`` replicas of ``deployment`` are in no slot of ``plan``.
+def _listed(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - SHOWN_WAYS} more" if len(names) > SHOWN_WAYS else ""
+    return ", ".join(names[:SHOWN_WAYS]) + rest
+
+
+# --- Why nowhere ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a deployment that is short could use: its fitting slots with footprint, and what is left on each.
 
     ``left`` is what may still be promised on each GPU of each slot, in MiB; zero where one replica holds the slot.
     """
-    head = f"{missing} of {deployment.replicas} replicas fit nowhere"
-    shaped = [slot for slot in plan.slots if len(slot.gpu_uuids) == deployment.gpus_per_replica]
+
+    deployment: Deployment
+    strategy: StrategyName
+    fitting: Sequence[tuple[Slot, int]]
+    left: Mapping[str, int]
+    width: int
+
+
+def why_nowhere(
+    options: Options, plan: Plan, missing: int, here: Mapping[str, int], blocked: str = "", room: int = 0
+) -> Unplaced:
+    """The sum that shows why ``missing`` replicas (and ``room`` promised places) are in no slot of ``plan``.
+
+    ``here`` tells how many replicas stand on which slot, ``blocked`` names a rule that bars slots with memory enough.
+    """
+    deployment = options.deployment
+    head = f"{missing} of {deployment.replicas} replicas fit nowhere" if missing else ""
+    if room:
+        told = f"room for {room} of {(deployment.max_replicas or 0) - deployment.replicas} more replicas is promised"
+        head = f"{head}; {told} and there is none" if head else f"{told} and there is none"
+    reason = _nowhere_at_all(options, plan)
+    if reason is not None:
+        return Unplaced(deployment.name, missing, f"{head}: {reason}", _too_large_by(options), room)
+    sums = _sums(options, plan, max(missing, room), here)
+    if blocked:
+        sums.append(blocked)
+    short = _shortage(options, here)
+    ways = _ways_out(options, short, missing + room)
+    if ways:
+        sums.append(f"way out: {ways}")
+    return Unplaced(deployment.name, missing, f"{head}: " + "; ".join(sums), short[0] if short else None, room)
+
+
+def _nowhere_at_all(options: Options, plan: Plan) -> str | None:
+    deployment, width = options.deployment, options.width
+    shaped = [slot for slot in plan.slots if len(slot.gpu_uuids) == width] or (
+        list(plan.slots) if width != deployment.gpus_per_replica else []
+    )
     if not plan.slots:
-        return f"{head}: there is no GPU slot at all"
+        return "there is no GPU slot at all"
     if not shaped:
         sizes = sorted({len(slot.gpu_uuids) for slot in plan.slots})
         return (
-            f"{head}: each needs a slot of {deployment.gpus_per_replica} GPUs, slots here have "
+            f"each needs a slot of {deployment.gpus_per_replica} GPUs, slots here have "
             f"{', '.join(map(str, sizes))}; group GPUs with slot_shapes"
         )
-    fitting = [(slot, size) for slot in shaped if (size := deployment.footprint_mib(slot.product)) is not None]
-    if not fitting:
-        allowed = deployment.products or tuple(deployment.vram_mib)
-        here = sorted({slot.product for slot in shaped})
-        return f"{head}: it may run on {', '.join(sorted(allowed))} only, here are {', '.join(here)}"
-    if all(size > slot.vram_mib for slot, size in fitting):
-        largest, size = max(fitting, key=lambda pair: (pair[0].vram_mib, -pair[1]))
+    if not options.fitting:
+        return _no_such_gpu(deployment, shaped)
+    if all(size > slot.vram_mib for slot, size in options.fitting):
+        largest, size = max(options.fitting, key=lambda pair: (pair[0].vram_mib, -pair[1]))
         return (
-            f"{head}: {deployment.name} is larger than any GPU here: it takes {gib(size)} GiB ({size} MiB) on each "
+            f"{deployment.name} is larger than any GPU here: it takes {gib(size)} GiB ({size} MiB) on each "
             f"GPU; the largest, {largest.product}, can promise {gib(largest.vram_mib)} GiB ({largest.vram_mib} MiB)"
         )
-    return f"{head}: " + "; ".join(_sums(deployment, strategy, plan, left, missing, fitting))
+    return None
 
 
-def _sums(
-    deployment: Deployment,
-    strategy: StrategyName,
-    plan: Plan,
-    left: Mapping[str, int],
-    missing: int,
-    fitting: Sequence[tuple[Slot, int]],
-) -> list[str]:
-    sizes = sorted({size for _, size in fitting})
+def _no_such_gpu(deployment: Deployment, shaped: Sequence[Slot]) -> str:
+    able = [slot for slot in shaped if deployment.footprint_mib(slot.product) is not None]
+    here = sorted({slot.product for slot in shaped})
+    if not able:
+        allowed = deployment.products or tuple(deployment.vram_mib)
+        return f"it may run on {', '.join(sorted(allowed))} only, here are {', '.join(here)}"
+    if deployment.pins and not {uuid for slot in able for uuid in slot.gpu_uuids} & set(deployment.pins):
+        return f"it is pinned to {_listed(sorted(deployment.pins))}, which no slot here has"
+    if deployment.min_compute_capability:
+        there = ", ".join(
+            f"{slot} {cap or 'unknown'}" for slot, cap in sorted({(s.product, s.compute_capability) for s in able})
+        )
+        return f"it needs compute capability {deployment.min_compute_capability}, here are {there}"
+    return "its rules (NVLink, pins) allow none of the GPUs here"
+
+
+def _too_large_by(options: Options) -> int | None:
+    short = [size - slot.vram_mib for slot, size in options.fitting]
+    return min(short) if short and min(short) > 0 else None
+
+
+def _sums(options: Options, plan: Plan, missing: int, here: Mapping[str, int]) -> list[str]:
+    deployment, left = options.deployment, options.left
+    sizes = sorted({size for _, size in options.fitting})
     span = " to ".join(f"{gib(size)} GiB ({size} MiB)" for size in (sizes if len(sizes) < 2 else (sizes[0], sizes[-1])))
-    best = max(fitting, key=lambda pair: left[pair[0].name])[0]
+    best = max(options.fitting, key=lambda pair: left[pair[0].name])[0]
     best_left = left[best.name]
     each = deployment.gpus_per_replica
-    free = sum(left[slot.name] * each for slot, _ in fitting)
+    free = sum(left[slot.name] * options.width for slot, _ in options.fitting)
     sums = [
         f"each takes {span} on each of {each} GPUs" if each > 1 else f"each takes {span} on one GPU",
         f"largest free is {gib(best_left)} GiB ({best_left} MiB, {short_product(best.product)} {best.name})",
     ]
-    sums += _strict(deployment, strategy, plan, left, fitting)
+    sums += _strict(options, here)
     demand = missing * sizes[0] * each
     sums.append(f"free in all {gib(free)} GiB, wanted {gib(demand)} GiB")
     if demand > free:
         sums.append("more is asked than there is")
-    elif strategy in ("pack", "spread"):
-        sums.append("enough in sum, but in pieces too small, and standing replicas are not moved to join them")
-    shown = sorted(fitting, key=lambda pair: -left[pair[0].name])[:SHOWN_SLOTS]
-    rest = f" and {len(fitting) - len(shown)} more" if len(fitting) > len(shown) else ""
+    elif options.strategy in ("pack", "spread", "balanced") and best_left < sizes[-1]:
+        sums.append("enough in sum, but in pieces too small, and no standing replica may or can move to join them")
+    shown = sorted(options.fitting, key=lambda pair: -left[pair[0].name])[:SHOWN_SLOTS]
+    more = len(options.fitting) - len(shown)
+    rest = f" and {more} more" if more > 0 else ""
     sums.append("free by slot: " + ", ".join(f"{slot.name} {gib(left[slot.name])}" for slot, _ in shown) + rest)
     return sums
 
 
-def _strict(
-    deployment: Deployment,
-    strategy: StrategyName,
-    plan: Plan,
-    left: Mapping[str, int],
-    fitting: Sequence[tuple[Slot, int]],
-) -> list[str]:
-    here = {item.slot: item.replicas for item in plan.berths if item.deployment == deployment.name}
-    if strategy == "strict_spread":
-        able = sum(1 for slot, size in fitting if slot.name in here or left[slot.name] >= size)
-        return [f"strict_spread needs {deployment.replicas} GPUs with one replica each, {able} have room"]
-    if strategy == "strict_pack":
-        rooms: dict[str, int] = {}
-        for slot, size in fitting:
+def _strict(options: Options, here: Mapping[str, int]) -> list[str]:
+    deployment, left = options.deployment, options.left
+    if options.strategy == "strict_spread":
+        able = [slot for slot, size in options.fitting if slot.name in here or left[slot.name] >= size]
+        if deployment.spread_over in (None, "gpu"):
+            return [f"strict_spread needs {deployment.replicas} GPUs with one replica each, {len(able)} have room"]
+        names: dict[str, Callable[[Slot], object]] = {
+            "host": lambda slot: slot.host,
+            "rack": lambda slot: (slot.zone, slot.rack),
+            "zone": lambda slot: slot.zone,
+        }
+        domain = str(deployment.spread_over)
+        count = len({names[domain](slot) for slot in able})
+        return [f"strict_spread needs {deployment.replicas} {domain}s with one replica each, {count} have room"]
+    if options.strategy == "strict_pack":
+        rooms: Counter[str] = Counter()
+        for slot, size in options.fitting:
             fits = left[slot.name] // size
-            more = min(fits, 1) if deployment.gpus_per_replica > 1 else fits
-            rooms[slot.host] = rooms.get(slot.host, 0) + more + here.get(slot.name, 0)
-        told = ", ".join(f"{host} has room for {room}" for host, room in sorted(rooms.items()))
-        return [f"strict_pack needs room for all {deployment.replicas} on one host: {told}"]
+            rooms[slot.host] += (min(fits, 1) if deployment.gpus_per_replica > 1 else fits) + here.get(slot.name, 0)
+        if options.width != deployment.gpus_per_replica:
+            rooms = Counter({host: room // deployment.gpus_per_replica for host, room in rooms.items()})
+        told = ", ".join(f"{host} has room for {room}" for host, room in sorted(rooms.items())[:SHOWN_SLOTS])
+        more = f" and {len(rooms) - SHOWN_SLOTS} hosts more" if len(rooms) > SHOWN_SLOTS else ""
+        return [f"strict_pack needs room for all {deployment.replicas} on one host: {told}{more}"]
     return []
+
+
+def _shortage(options: Options, here: Mapping[str, int]) -> tuple[int, list[str]] | None:
+    """What is missing on the slots nearest to holding one more, and their names; None when memory is not what lacks."""
+    alone = options.strategy == "strict_spread"
+    lacks = [
+        (size - options.left[slot.name], slot.name)
+        for slot, size in options.fitting
+        if not slot.cordoned and size <= slot.vram_mib and not (alone and slot.name in here)
+    ]
+    if not lacks:
+        return None
+    least = min(lack for lack, _ in lacks)
+    return (least, [name for lack, name in lacks if lack == least]) if least > 0 else None
+
+
+def _ways_out(options: Options, short: tuple[int, list[str]] | None, missing: int) -> str:
+    """The cheapest ways to place what is short: a cordon lifted, memory freed, GPUs added."""
+    ways = []
+    free = [slot.name for slot, size in options.fitting if slot.cordoned and options.left[slot.name] >= size]
+    if free:
+        ways.append(f"uncordon {' or '.join(free[:SHOWN_WAYS])}")
+    if short is not None and options.width == options.deployment.gpus_per_replica:
+        lack, names = short
+        any_of = "any of " if len(names) > 1 else ""
+        ways.append(f"free {gib(lack)} GiB ({lack} MiB) on {any_of}{_listed(names)} for one more")
+    elif options.width != options.deployment.gpus_per_replica:
+        ways.append(f"empty {options.deployment.gpus_per_replica} GPUs of one product on one host")
+    if options.strategy != "strict_pack" and (more := _more_gpus(options, missing)):
+        ways.append(more)
+    return "; or ".join(ways)
+
+
+def _more_gpus(options: Options, missing: int) -> str:
+    found: list[tuple[float, int, str]] = []
+    for product in sorted({slot.product for slot, _ in options.fitting}):
+        slot, size = next((slot, size) for slot, size in options.fitting if slot.product == product)
+        each = slot.vram_mib // size
+        if options.deployment.gpus_per_replica > 1:
+            count = missing * options.deployment.gpus_per_replica if each else 0
+        elif options.strategy == "strict_spread":
+            count = missing if each else 0
+        else:
+            count = -(-missing // each) if each else 0
+        if count:
+            found.append((count * slot.cost, count, product))
+    if not found:
+        return ""
+    _, count, product = min(found)
+    number = "one" if count == 1 else str(count)
+    what = "it" if missing == 1 else f"all {missing}"
+    return f"{number} more {short_product(product)} would hold {what}"

@@ -50,11 +50,11 @@ def test_peers_with_ray_names_its_version(tmp_path: Path, runtime_python: str) -
 
 def test_scale_measures_each_size_and_draws_it(tmp_path: Path) -> None:
     plot = tmp_path / "plot.svg"
-    code = bench_scale.main(["--gpus", "40", "80", "--plot", str(plot), "--results", str(tmp_path)])
+    code = bench_scale.main(["--gpus", "40", "80", "--seeds", "1", "--plot", str(plot), "--results", str(tmp_path)])
     data = figures(tmp_path, "scale")
     assert code == (1 if missed(data) else 0)
     assert "nothing unplaced, oversold or broken" not in missed(data)
-    for size, gpus in zip(data["figures"]["sizes"], (40, 80), strict=True):
+    for size, gpus in zip(data["figures"]["fleets"], (40, 80), strict=True):
         assert size["gpus"] == gpus
         assert 0 < size["lower_bound"] <= size["gpus_used"] <= gpus
         assert size["rss_mib"] > 20
@@ -93,7 +93,7 @@ def test_a_missed_target_is_an_exit_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 def test_the_exponent_of_a_power_law_is_found(power: float) -> None:
     assert fit_exponent([(n, 3 * n**power) for n in (80, 800, 8000)]) == pytest.approx(power, abs=0.001)
-    assert fit_exponent([(80, 1.0)]) is None
+    assert fit_exponent([(80, 1.0), (80, 2.0)]) is None
 
 
 def test_the_chart_is_svg_with_every_point_in_its_place() -> None:

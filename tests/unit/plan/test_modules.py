@@ -150,6 +150,19 @@ def test_allow_unplaced_writes_and_still_says_it(tmp_path):
     assert len(read_plan(path).unplaced) == 1
 
 
+def test_standing_replicas_move_only_when_that_is_asked_for(tmp_path):
+    path = tmp_path / "plan.json"
+    spread = {"apps": [CHAT], "strategy": "spread"}
+    large = {**spread, "apps": [CHAT, {**CHAT, "name": "large", "replicas": 1, "vram_mib": 40_000}]}
+    on = [{"host_gpus": hosts()[0]["host_gpus"]}]
+    tasks = [plan_task(path, hosts=on, **spread)]
+    tasks += [plan_task(path, hosts=on, **large, max_moves=moves) for moves in (0, 1, 1)]
+    _, refused, moved, again = play(tmp_path, tasks)
+    assert "placement_max_moves" in refused["msg"]
+    assert [item["kind"] for item in moved["changes"]] == ["start", "scale", "stop"]
+    assert (moved["changed"], again["changed"]) == (True, False)
+
+
 def verify_task(lab: Lab, **changes: Any) -> tuple[str, dict[str, Any]]:
     state = RayState(tuple(lab.nodes.values()), tuple(lab.apps.values()))
     seen = {name: item if isinstance(item, str) else dump(item) for name, item in lab.hosts.items()}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from berth.codec import replace
 from berth.errors import BerthError
-from berth.plan.planner import make_plan
+from berth.plan.planner import Options, make_plan, solve
 from berth.plan.types import STRATEGIES, Deployment, Plan, Slot
 from tests.unit.plan.helpers import A100, L40S, T4, grid, model, promised, slot, used_slots, where
 
@@ -109,7 +109,8 @@ def test_a_small_change_moves_nobody_else(slots, deployments, strategy, data):
     changed = data.draw(st.sampled_from(deployments))
     wanted = data.draw(st.integers(0, 6))
     after_list = tuple(replace(item, replicas=wanted) if item == changed else item for item in deployments)
-    after = make_plan(slots, after_list, strategy, before)
+    # Where nobody may move to make room for others; where they may, see test_properties.py.
+    after = solve(slots, after_list, strategy, before, options=Options(max_moves=0)).plan
     check_sound(after, after_list)
     refused = {item.deployment for item in before.unplaced}
     for deployment in deployments:
@@ -347,8 +348,12 @@ def test_demand_above_supply_shows_the_sum():
 def test_pieces_too_small_are_told_apart_from_too_little():
     slots = grid(1, 2, 10_000)
     before = make_plan(slots, [model("a", 2, 4_000)], "spread")
-    reason = make_plan(slots, [model("a", 2, 4_000), model("b", 1, 8_000)], "spread", before).unplaced[0].reason
-    assert "enough in sum, but in pieces too small" in reason
+    wanted = [model("a", 2, 4_000), model("b", 1, 8_000)]
+    still = solve(slots, wanted, "spread", before, options=Options(max_moves=0)).plan
+    assert "enough in sum, but in pieces too small" in still.unplaced[0].reason
+    assert still.unplaced[0].shortage_mib == 2_000
+    moved = solve(slots, wanted, "spread", before, options=Options(max_moves=1))
+    assert (moved.plan.unplaced, moved.summary.moves) == ((), 1)
 
 
 def test_no_such_product_and_no_slots():

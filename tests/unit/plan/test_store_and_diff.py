@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from berth.codec import dump
+from berth.codec import dump, replace
 from berth.errors import BerthError
-from berth.plan.diff import describe, diff_plans, plan_text
+from berth.plan.diff import Rates, cost_of, describe, diff_plans, plan_text
 from berth.plan.planner import make_plan
 from berth.plan.store import previous_path, read_plan, write_plan
 from tests.unit.plan.helpers import grid, model, slot
@@ -74,3 +74,29 @@ def test_diff_names_every_kind_starts_before_stops():
     assert [change.kind for change in diff_plans(None, new)] == ["start"] * 3
     assert plan_text(None) == ""
     assert "a-0 NVIDIA L40S GPU-a-0-0: 17000 of 44000 MiB promised\n  asr@a-0: 1 replica" in plan_text(new)
+
+
+def test_room_alone_is_told_as_room():
+    growing = replace(model("chat", 1, 30_000), max_replicas=2)
+    empty = make_plan([slot("a-0"), slot("b-0")], [], "pack")
+    full = make_plan([slot("a-0"), slot("b-0")], [growing], "pack")
+    assert describe(diff_plans(empty, full)) == [
+        "start chat@a-0: 1 replica of 30000 MiB",
+        "keep room at chat@b-0: 30000 MiB for each replica to come",
+    ]
+    assert describe(diff_plans(full, empty))[-1] == "give up the room at chat@b-0: 30000 MiB for each replica to come"
+
+
+def test_the_cost_counts_each_replica_once():
+    two = [replace(slot("a-0"), name="a-0+1", gpu_uuids=("GPU-a-0-0", "GPU-a-1-0")), slot("b-0")]
+    old = make_plan(
+        [slot("a-0"), slot("a-1"), slot("b-0")], [model("chat", 2, 4_000), model("rag", 1, 2_000)], "spread"
+    )
+    new = make_plan(two, [model("chat", 2, 5_000), model("wide", 1, 6_000, gpus=2)], "spread")
+    cost = cost_of(old, new, Rates(load_mib_per_s=1_000, start_s=10))
+    where = {berth.slot for berth in old.berths if berth.deployment == "chat"}
+    # Both now stand on b-0 with a new footprint; whoever was there restarts, the others move or are one too many.
+    assert (cost.restarted, cost.moved) == (1 if "b-0" in where else 0, 2 - (1 if "b-0" in where else 0))
+    assert (cost.added, cost.removed, cost.replaced, cost.lost) == (1, 1, 0, 0)
+    assert cost.reload_mib == 2 * 5_000 + 2 * 6_000
+    assert cost.cold_start_s == 2 * 15.0 + 16.0
