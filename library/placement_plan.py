@@ -136,7 +136,7 @@ try:
     from berth.codec import dump, replace
     from berth.errors import BerthError
     from berth.plan.apps import load_apps
-    from berth.plan.diff import describe, diff_plans, plan_text
+    from berth.plan.diff import describe, diff_plans, flips, plan_text
     from berth.plan.footprints import cards, footprints, store_beside
     from berth.plan.planner import Options, check_strategy, solve
     from berth.plan.slots import build_slots, load_hosts
@@ -159,7 +159,8 @@ def plan_now(params):
         app.deployment({product: item.vram_mib for product, item in predicted.get(app.name, {}).items()})
         for app in apps
     ]
-    options = Options(max_moves=params["max_moves"], repack=params["repack"])
+    most = None if flips(before, deployments, strategy) else params["max_moves"]
+    options = Options(max_moves=most, repack=params["repack"])
     plan = solve(slots, deployments, strategy, before, retired, options=options).plan
     return (before, replace(plan, footprints=predicted), problems, [host.gpus.host for host in hosts])
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from berth.plan.slots import natural
-from berth.plan.types import Berth, Plan
+from berth.plan.types import Berth, Deployment, Plan, StrategyName
 
 ChangeKind = Literal["start", "scale", "resize", "stop"]
 # Starts before stops: on a flip, the new place is serving before the old one goes.
@@ -44,6 +45,17 @@ def _change(name: str, old: Berth | None, new: Berth | None) -> Change | None:
     if was != now:
         return Change("resize", name, before, after, was, now)
     return Change("scale", name, before, after, now, now) if before != after else None
+
+
+def flips(old: Plan | None, deployments: Sequence[Deployment], strategy: StrategyName) -> bool:
+    """Whether any deployment stands under another strategy than it is now asked for: then moving is what was asked."""
+    if old is None:
+        return False
+    return any(
+        old.strategies.get(item.name, old.strategy) != (item.strategy or strategy)
+        for item in deployments
+        if item.name in old.deployments
+    )
 
 
 def describe(changes: tuple[Change, ...]) -> list[str]:
