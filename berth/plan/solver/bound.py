@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from berth.plan.solver.bins import Packing, coarse, whole_packing
-from berth.plan.solver.columns import Goal, Prices, generate, proven, worths
+from berth.plan.solver.columns import Goal, Prices, by_size, generate, proven, worths
 from berth.plan.solver.patterns import columns_of
 from berth.plan.solver.problem import MICRO
 from berth.plan.solver.state import State
@@ -51,19 +51,39 @@ def prove(state: State, known: tuple[Offer, ...], unit: int, quick: bool) -> Bou
     gpus = tuple(bins.gpus * MICRO for bins in packing.bins)
     floors = _floors(packing, state)
     rows = [tuple(offer.prices.get(item.job.index, 0) for item in packing.items) for offer in known]
-    if not rows:
-        rows = _prices(packing, state, costs, floors, quick)
+    priced = {job for offer in known for job in offer.prices}
+    if not priced.issuperset(item.job.index for item in packing.items):
+        rows += _prices(packing, state, costs, floors, quick)
     cost = _best(packing, Goal(costs, floors), rows, unit)
     if costs != gpus:
         rows = _prices(packing, state, gpus, floors, quick)
-    count = _best(packing, Goal(gpus, floors), rows, unit)
-    return Bounds(-(-count // MICRO), cost)
+    count = -(-_best(packing, Goal(gpus, floors), rows, unit) // MICRO)
+    if all(floor == wanted for floor, wanted in zip(floors, _floors(packing, None), strict=True)):
+        count = max(count, *(_counted(packing, prices, unit) for prices in (*rows, by_size(packing))))
+    return Bounds(count, max(cost, count * MICRO) if costs == gpus else cost)
 
 
-def _floors(packing: Packing, state: State) -> tuple[int, ...]:
+def _counted(packing: Packing, prices: Prices, unit: int) -> int:
+    """GPUs at least, in whole bins: those of the teams, and the most worthy ones until all else has its worth."""
+    teams = sum(item.demand * item.width for item in packing.items if item.width > 1)
+    singles = tuple(0 if item.width > 1 else price for item, price in zip(packing.items, prices, strict=True))
+    left = sum(price * item.demand for item, price in zip(packing.items, singles, strict=True))
+    if any(bins.gpus != 1 for bins in packing.bins):
+        return 0
+    count = 0
+    ranked = sorted(zip(worths(packing, singles, unit), packing.bins, strict=True), key=lambda row: -row[0])
+    for worth, bins in ranked:
+        if left > 0 and worth > 0:
+            needed = min(bins.count, -(-left // worth))
+            left, count = left - needed * worth, count + needed
+    return teams + count
+
+
+def _floors(packing: Packing, state: State | None) -> tuple[int, ...]:
+    """Places by level: as ``state`` has, or all."""
     floors = [0] * (1 + max((item.level for item in packing.items), default=-1))
     for item in packing.items:
-        floors[item.level] += min(item.demand, state.placed[item.job.index])
+        floors[item.level] += item.demand if state is None else min(item.demand, state.placed[item.job.index])
     return tuple(floors)
 
 

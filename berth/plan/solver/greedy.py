@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from berth.plan.solver.measure import load, share
 from berth.plan.solver.problem import HOST_LEVEL, Job, Problem
 from berth.plan.solver.shelf import Shelf
-from berth.plan.solver.spreading import Tree
+from berth.plan.solver.spreading import Shares, Tree
 from berth.plan.solver.state import State, Team, drop_unmet
 
 Rank = Callable[[int], tuple[object, ...]]
@@ -83,15 +83,19 @@ def greedy(base: State, order: Sequence[Job], way: Way) -> State:
 def place_all(state: State, order: Sequence[Job], way: Way) -> None:
     """Add the missing places of ``order`` to ``state``."""
     shelf: Shelf | None = None
+    shares: Shares | None = None
     for job in order:
         if state.missing(job) <= 0 and not job.pool:
             continue
         if _packs(job, way):
-            shelf = shelf or Shelf(state)
+            shelf, shares = shelf or Shelf(state), None
             _place_best_fit(shelf, job, way)
+        elif job.strategy in ("spread", "strict_spread") and not (job.team or job.pool):
+            shelf, shares = None, shares or Shares(state)
+            _place_spread(state, job, shares)
         else:
-            shelf = None
-            _place(state, job, way)
+            shelf, shares = None, None
+            _place(state, job)
 
 
 def _packs(job: Job, way: Way) -> bool:
@@ -110,20 +114,23 @@ def _place_best_fit(shelf: Shelf, job: Job, way: Way) -> None:
         shelf.put(job, slot)
 
 
-def _place(state: State, job: Job, way: Way) -> None:
+def _place_spread(state: State, job: Job, shares: Shares) -> None:
+    tree = Tree(state, job, shares)
+    while state.missing(job) > 0 and (slot := tree.take()) is not None:
+        state.add(job, slot)
+        tree.update()
+        shares.changed(slot)
+
+
+def _place(state: State, job: Job) -> None:
     if job.pool:
         _place_pool(state, job)
     elif job.strategy == "strict_pack":
         _place_on_one_host(state, job)
     elif job.team:
         place_teams(state, job)
-    elif job.strategy == "balanced":
-        _place_level(state, job)
     else:
-        tree = Tree(state, job)
-        while state.missing(job) > 0 and (slot := tree.take()) is not None:
-            state.add(job, slot)
-            tree.update()
+        _place_level(state, job)
 
 
 def _place_level(state: State, job: Job) -> None:
@@ -155,25 +162,43 @@ def place_teams(
 ) -> None:
     """Teams of empty slots of one host and product, for each of ``quotas`` in turn as long as there are any."""
     groups = _groups(state, job, hosts)
+    touched = _touched(state, job)
     for product, most in quotas:
         stop = max(0, state.missing(job) - most) if most is not None else 0
         ranked: dict[tuple[int, str], tuple[tuple[object, ...], Team]] = {}
-        stale = [key for key in groups if product in (None, key[1])]
+        changed = stale = [key for key in groups if product in (None, key[1])]
         while state.missing(job) > stop:
+            picked = {key: pick_team(state, job, groups[key]) for key in changed}
             for key in stale:
+                team = picked[key] if key in picked else ranked[key][1] if key in ranked else None
                 ranked.pop(key, None)
-                team = pick_team(state, job, groups[key])
                 if team is not None:
-                    ranked[key] = (_team_rank(state, job, team, groups[key]), team)
+                    ranked[key] = (_team_rank(state, job, team, groups[key], touched), team)
             if not ranked:
                 break
             key, (_, team) = min(ranked.items(), key=lambda item: item[1])
             state.add_team(job, team)
-            for other in groups if job.ruled else [key]:
+            _touch(state.problem, touched, team)
+            changed = [other for other in groups if product in (None, other[1])] if job.ruled else [key]
+            for other in groups if job.ruled else changed:
                 groups[other] = [slot for slot in groups[other] if state.can_join(job, slot)]
             # Of the others only those on the same host look different now, unless domains are counted.
             everywhere = job.ruled or job.strategy != "pack"
             stale = [other for other in groups if product in (None, other[1]) and (everywhere or other[0] == key[0])]
+
+
+def _touched(state: State, job: Job) -> list[dict[int, int]]:
+    """How many teams of ``job`` are in each zone, rack and host."""
+    touched: list[dict[int, int]] = [{} for _ in range(HOST_LEVEL + 1)]
+    for team in state.teams[job.index]:
+        _touch(state.problem, touched, team)
+    return touched
+
+
+def _touch(problem: Problem, touched: list[dict[int, int]], team: Team) -> None:
+    for level, counts in enumerate(touched):
+        domain = problem.domains[level][team[0]]
+        counts[domain] = counts.get(domain, 0) + 1
 
 
 def _groups(state: State, job: Job, hosts: frozenset[int] | None) -> dict[tuple[int, str], list[int]]:
@@ -212,7 +237,9 @@ def linked(problem: Problem, team: Team) -> bool:
     return len(names) == 1 and "" not in names
 
 
-def _team_rank(state: State, job: Job, team: Team, able: Sequence[int]) -> tuple[object, ...]:
+def _team_rank(
+    state: State, job: Job, team: Team, able: Sequence[int], touched: Sequence[dict[int, int]]
+) -> tuple[object, ...]:
     problem = state.problem
     here = problem.slots[team[0]]
     host = problem.domains[HOST_LEVEL][team[0]]
@@ -221,10 +248,8 @@ def _team_rank(state: State, job: Job, team: Team, able: Sequence[int]) -> tuple
     rest = len(able) - len(team)
     if job.strategy in ("spread", "strict_spread"):
         counts = [
-            sum(problem.domains[level][other[0]] == problem.domains[level][team[0]] for other in state.teams[job.index])
-            if level >= job.widest
-            else 0
-            for level in range(HOST_LEVEL + 1)
+            counts.get(problem.domains[level][team[0]], 0) if level >= job.widest else 0
+            for level, counts in enumerate(touched)
         ]
         return (*(count > 0 for count in counts), *counts, unlinked, strange, here.vram_mib, rest, team)
     cost = sum(problem.costs[slot] for slot in team)

@@ -19,6 +19,8 @@ from berth.plan.solver.state import State
 UNITS_MIB = (64, 8, 1)
 ROUNDS = 60
 CUTS = 10
+MANY = 500
+"""Patterns from which on a node takes so long that fewer are visited."""
 ENRICHED = 2
 """Sets of prices at which the best pattern with each item in it is added: what is best alone is not best together."""
 """Sets of prices that the bound uses per goal: the last ones, which prove most."""
@@ -45,7 +47,7 @@ def solve_small(base: State, start: State, nodes: int) -> Proof:
         return Proof(start)
     start = best((start, pack(base, start, SMALL).state))
     columns, prices, floors = _generate(packing, base, start)
-    bound, plan = Skeleton(base, packing, nodes), Skeleton(base, packing, nodes)
+    bound, plan = Skeleton(base, packing, nodes), Skeleton(base, packing, nodes * MANY // max(MANY, len(columns)))
     bound.prices(prices)
     plan.patterns(sorted(columns, key=lambda column: (column.bins, column.load)))
     ours: Chosen | None = None

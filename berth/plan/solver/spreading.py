@@ -8,6 +8,7 @@ of the last choice change.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from berth.plan.solver.problem import GPU_LEVEL, HOST_LEVEL, Job
@@ -29,11 +30,30 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
 
 
+class Shares:
+    """The slots of each host by promised share, kept from job to job: most jobs look only at the first of each."""
+
+    def __init__(self, state: State) -> None:
+        """Sort every host's slots."""
+        self.state = state
+        kind = state.problem.kind
+        self.even = [len({kind[slot] for slot in slots}) == 1 for slots in state.problem.hosts]
+        self.rows = [sorted(slots, key=self._share) for slots in state.problem.hosts]
+
+    def _share(self, slot: int) -> tuple[float, int]:
+        problem = self.state.problem
+        return ((problem.free[slot] - self.state.free[slot]) / (problem.slots[slot].vram_mib or 1), slot)
+
+    def changed(self, slot: int) -> None:
+        """Something was put on ``slot``."""
+        self.rows[self.state.problem.domains[HOST_LEVEL][slot]].sort(key=self._share)
+
+
 class Tree:
     """Chooses slots for one spread job."""
 
-    def __init__(self, state: State, job: Job) -> None:
-        """Look at every slot with room for ``job``."""
+    def __init__(self, state: State, job: Job, shares: Shares | None = None) -> None:
+        """Look at every slot with room for ``job``; with ``shares``, at the best of a host until it is chosen."""
         self.state, self.job = state, job
         self.widest = job.widest if job.alone_in is None else min(job.widest, job.alone_in)
         self.root = _Node(-1)
@@ -43,30 +63,21 @@ class Tree:
         homes = [slot for item in family for slot in state.homes(item)]
         for slot in homes:
             self.places[slot] = self.places.get(slot, 0) + 1
-        hosts: dict[int, _Node] = {}
-        for slot in self._able():
-            host = state.problem.domains[HOST_LEVEL][slot]
-            node = hosts.get(host)
-            if node is None:
-                node = hosts[host] = self._host(slot)
-            node.heap.append((self._slot_key(slot), slot))
+        plain = not (job.ruled or job.pins or homes or state.problem.present)
+        self.lazy: set[int] = set()
+        for host, slots in enumerate(state.problem.hosts):
+            if shares is not None and plain and shares.even[host]:
+                able = next(([slot] for slot in shares.rows[host] if state.room(job, slot)), [])
+                self.lazy.add(host)
+            else:
+                able = self._able(slots)
+            if able:
+                self._host(able[0]).heap = [(self._slot_key(slot), slot) for slot in able]
         self._count(homes)
         self._build(self.root)
 
-    def _able(self) -> list[int]:
-        state, job = self.state, self.job
-        if job.ruled or job.pins is not None:
-            return [slot for slot in range(len(state.heads)) if state.room(job, slot)]
-        # The same in one look: a rule-free job asks for memory only, nearly always.
-        sizes, free, slots = job.sizes, state.free, state.problem.slots
-        return [
-            slot
-            for slot, kind in enumerate(state.problem.kind)
-            if (size := sizes[kind]) is not None
-            and free[slot] >= size
-            and not slots[slot].cordoned
-            and state.fits(job, slot, size, free[slot])
-        ]
+    def _able(self, slots: Sequence[int]) -> list[int]:
+        return [slot for slot in slots if self.state.room(self.job, slot)]
 
     def _host(self, slot: int) -> _Node:
         node = self.root
@@ -115,11 +126,22 @@ class Tree:
                 node = node.children[node.heap[0][1]]
                 self.path.append(node)
             slot = node.heap[0][1]
+            self._unfold(node, slot)
+            slot = node.heap[0][1]
             if self.state.room(self.job, slot):
                 return slot
             heapq.heappop(node.heap)
             self._refresh()
         return None
+
+    def _unfold(self, node: _Node, slot: int) -> None:
+        """Look at all slots of a host now that it is chosen; its best stays its best (but for unequal reserves)."""
+        host = self.state.problem.domains[HOST_LEVEL][slot]
+        if host in self.lazy:
+            self.lazy.discard(host)
+            others = [other for other in self._able(self.state.problem.hosts[host]) if other != slot]
+            node.heap += [(self._slot_key(other), other) for other in others]
+            node.heap.sort()
 
     def update(self) -> None:
         """Count the place that was put on the slot last taken."""
