@@ -58,7 +58,7 @@ class Options:
     repack: bool = False
     regroup: bool = False
     exact_gpus: int = 64
-    effort: float = 3.0
+    effort: float = 2.5
 
 
 def make_plan(

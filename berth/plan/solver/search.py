@@ -166,7 +166,7 @@ def _found(state: State, start: State, bounds: Bounds, method: str, optimal: boo
     return Found(state, method, bounds.gpus, bounds.cost, optimal)
 
 
-NODES = 330
+NODES = 400
 """Nodes of the small integer programs per unit of effort."""
 
 
