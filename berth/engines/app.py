@@ -6,6 +6,7 @@ engine is imported inside the replica, where it is needed.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from ray import serve
@@ -25,7 +26,14 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def build_gateway(args: dict[str, Any]) -> serve.Application:
-    """The one app that owns the route: its table of berths is ``user_config``."""
-    from berth.engines.gateway import gateway_class
+    """The one app that owns the route: its table of berths is ``user_config``.
 
-    return serve.deployment(gateway_class(), name="gateway").bind()
+    The runtime decides which gateway: ray.serve.llm's ingress where vLLM is installed, the light one elsewhere.
+    """
+    if find_spec("vllm"):
+        from berth.engines.gateway import gateway_class
+
+        return serve.deployment(gateway_class(), name="gateway").bind()
+    from berth.engines.light_gateway import LightGateway
+
+    return serve.deployment(LightGateway, name="gateway").bind()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-from fastapi import HTTPException
 from pydantic import BaseModel, Field
-from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse, ModelCard, ScoreRequest
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, OpenAiIngress, make_fastapi_ingress
 from starlette.responses import JSONResponse
 
-RETRY_AFTER_S = 5
+from berth.engines.routes import Routes, serve_handle
 
 
 class RerankRequest(BaseModel):
@@ -26,63 +23,34 @@ class RerankRequest(BaseModel):
 
 
 class Gateway(OpenAiIngress):  # type: ignore[misc]
-    """Routes by model over that model's berths: two random choices, then the fewer outstanding requests of ours,
-    each berth weighted by its replicas (the power of two choices, Mitzenmacher 2001)."""
+    """Every route of ray.serve.llm's ingress, answered by the berth that berth.engines.routes chooses."""
 
     def __init__(self) -> None:
         super().__init__({}, {})
-        self._berths: dict[str, list[tuple[Any, int, str]]] = {}
-        self._outstanding: dict[str, int] = {}
+        self._routes = Routes(serve_handle)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take the new table. A berth that does not exist (yet, or any more) is left out, never an error: an
-        exception here would make Serve restart the gateway."""
-        berths: dict[str, list[tuple[Any, int, str]]] = {}
-        cards: dict[str, ModelCard] = {}
-        for model, entry in sorted(user_config.get("models", {}).items()):
-            berths[model] = []
-            cards[model] = ModelCard(id=model, object="model", owned_by="berth", permission=[], metadata={})
-            for berth in entry["berths"]:
-                try:
-                    handle = serve.get_deployment_handle(model, app_name=berth["app"])
-                except Exception:
-                    continue
-                berths[model].append((handle.options(stream=True), int(berth["replicas"]), berth["app"]))
-        self._berths, self._model_cards = berths, cards
-        self._outstanding = {name: n for name, n in self._outstanding.items() if n > 0}
-
-    def _choose(self, model_id: str) -> tuple[Any, str]:
-        berths = self._berths.get(model_id)
-        if berths is None:
-            raise HTTPException(404, f'Could not find model with id "{model_id}".')
-        if not berths:
-            raise HTTPException(
-                503,
-                f'Model "{model_id}" has no berth that runs now; try again shortly.',
-                headers={"Retry-After": str(RETRY_AFTER_S)},
-            )
-        pair = random.choices(berths, weights=[replicas for _, replicas, _ in berths], k=2)
-        handle, _, name = min(pair, key=lambda berth: self._outstanding.get(berth[2], 0) / berth[1])
-        return handle, name
+        """Take the new table; never an error."""
+        self._routes.take(user_config)
+        self._model_cards = {
+            model: ModelCard(id=model, object="model", owned_by="berth", permission=[], metadata={})
+            for model in self._routes.models()
+        }
 
     def _get_configured_serve_handle(self, model_id: str) -> Any:
-        return self._choose(model_id)[0]
+        return self._routes.choose(model_id)[0]
 
     async def _get_response(self, *, body: Any, call_method: str, raw_request: Any = None) -> Any:
         from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
         from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
         model_id = await self._get_model_id(body.model)
-        handle, name = self._choose(model_id)
+        handle, name = self._routes.choose(model_id)
         if call_method == "chat":
             body = _sanitize_chat_completion_request(body)
         info = RawRequestInfo.from_starlette_request(raw_request) if raw_request is not None else None
-        self._outstanding[name] = self._outstanding.get(name, 0) + 1
-        try:
-            async for response in getattr(handle, call_method).remote(body, info):
-                yield response
-        finally:
-            self._outstanding[name] = self._outstanding.get(name, 1) - 1
+        async for response in self._routes.call(handle, name, call_method, body, info):
+            yield response
 
     async def rerank(self, body: RerankRequest) -> JSONResponse:
         """Documents ordered by relevance, from the model's scores."""
@@ -100,7 +68,7 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
 
     async def healthz(self) -> JSONResponse:
         """200 while every model of the table has a berth."""
-        models = {model: [name for _, _, name in berths] for model, berths in self._berths.items()}
+        models = self._routes.models()
         return JSONResponse({"models": models}, status_code=200 if all(models.values()) else 503)
 
 

@@ -45,22 +45,25 @@ class LightServer:
         allocator.check()
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionResponse
-
         message = {"role": "assistant", "content": f"light replica of {self._model}"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return _once(ChatCompletionResponse(**_body("chat.completion", self._model, choice)))
+        return _once(self._answer(request, "chat.completion", choice))
 
     async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse
-
         choice = {"index": 0, "text": f"light replica of {self._model}", "finish_reason": "stop"}
-        return _once(CompletionResponse(**_body("text_completion", self._model, choice)))
+        return _once(self._answer(request, "text_completion", choice))
 
+    def _answer(self, request: Any, kind: str, choice: dict[str, Any]) -> Any:
+        """In the kind of the question: the light gateway asks with plain JSON, ray.serve.llm's with its classes."""
+        usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        created = int(time.time())
+        body = {"id": f"light-{created}", "object": kind, "created": created, "model": self._model}
+        body |= {"choices": [choice], "usage": usage}
+        if isinstance(request, dict):
+            return body
+        from ray.llm._internal.serve.core.configs import openai_api_models as shapes
 
-def _body(kind: str, model: str, choice: dict[str, Any]) -> dict[str, Any]:
-    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    return {"object": kind, "created": int(time.time()), "model": model, "choices": [choice], "usage": usage}
+        return (shapes.ChatCompletionResponse if kind == "chat.completion" else shapes.CompletionResponse)(**body)
 
 
 async def _once(value: Any) -> AsyncIterator[Any]:
