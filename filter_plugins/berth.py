@@ -11,14 +11,6 @@ from berth.errors import BerthError
 from berth.ray import start
 
 
-def slot_number(name: str) -> int:
-    """See berth.ray.start.slot_number."""
-    try:
-        return start.slot_number(name)
-    except BerthError as error:
-        raise AnsibleFilterError(str(error)) from None
-
-
 def slot_ports(names: Iterable[str], agent_base: int, metrics_base: int) -> dict[str, int]:
     """See berth.ray.start.slot_ports."""
     try:
@@ -27,8 +19,23 @@ def slot_ports(names: Iterable[str], agent_base: int, metrics_base: int) -> dict
         raise AnsibleFilterError(str(error)) from None
 
 
+def slot_nodes(
+    slots: Iterable[dict[str, Any]], common: dict[str, Any], run_dir: str, agent_base: int, metrics_base: int
+) -> dict[str, dict[str, Any]]:
+    """See berth.ray.start.slot_nodes."""
+    try:
+        return start.slot_nodes(slots, common, run_dir, int(agent_base), int(metrics_base))
+    except BerthError as error:
+        raise AnsibleFilterError(str(error)) from None
+
+
 class FilterModule:
     """Registers the filters."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"slot_number": slot_number, "slot_ports": slot_ports}
+        return {
+            "node_digest": start.digest,
+            "slot_nodes": slot_nodes,
+            "slot_ports": slot_ports,
+            "unit_digests": start.unit_digests,
+        }

@@ -1,4 +1,7 @@
-"""What a unit executes: resolve the slot's GPUs, then become ``ray start``. ``python -m berth.ray.launch FILE``."""
+"""What a unit executes: resolve the slot's GPUs, then become ``ray start``.
+
+``python -m berth.ray.launch FILE NAME``: FILE holds the nodes of this host by name, as the roles write it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from berth.codec import load
 from berth.errors import BerthError
 from berth.gpu.nvml import read_host
 from berth.host.processes import Mark, write_mark
-from berth.ray.start import NodeConfig, command, environment
+from berth.ray.start import NodeConfig, command, digest, environment
 
 
 def resolve(node: NodeConfig) -> tuple[str, ...]:
@@ -36,12 +39,16 @@ def resolve(node: NodeConfig) -> tuple[str, ...]:
     return tuple(devices)
 
 
-def main(path: str) -> None:
-    node = load(NodeConfig, json.loads(Path(path).read_text(encoding="utf-8")), path)
+def main(path: str, name: str) -> None:
+    nodes = json.loads(Path(path).read_text(encoding="utf-8"))
+    if name not in nodes:
+        sys.exit(f"{path} has no node {name}; it has {', '.join(sorted(nodes))}; mend: ansible-playbook site.yml")
+    node = load(NodeConfig, nodes[name], f"{path}: {name}")
     try:
         env = environment(node, resolve(node))
     except BerthError as error:
         sys.exit(str(error))
+    env["BERTH_CONFIG_SHA1"] = digest(nodes[name])
     temp = Path(node.temp_dir)
     temp.mkdir(parents=True, exist_ok=True)
     # Left by a node that was killed: Ray would take it for a cluster that still runs here ("already running at").
@@ -55,4 +62,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])

@@ -6,11 +6,13 @@ Why each option is given: several raylets share a host, and Ray's defaults assum
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from berth.codec import STRICT
 from berth.errors import BerthError
@@ -67,6 +69,50 @@ def slot_ports(names: Iterable[str], agent_base: int, metrics_base: int) -> dict
         ports[f"ray_slot_dashboard_agent_port_base + {slot_number(name)}"] = agent_base + slot_number(name)
         ports[f"ray_slot_metrics_port_base + {slot_number(name)}"] = metrics_base + slot_number(name)
     return ports
+
+
+def slot_nodes(
+    slots: Iterable[Mapping[str, Any]], common: Mapping[str, Any], run_dir: str, agent_base: int, metrics_base: int
+) -> dict[str, dict[str, Any]]:
+    """The NodeConfig, as plain data, of each slot of one host, by the slot's name.
+
+    ``slots`` are the plan's (berth.plan.types.Slot) that stand on the host, ``common`` what all its nodes share.
+
+    Raises:
+        BerthError: a slot's name has no number.
+    """
+    nodes: dict[str, dict[str, Any]] = {}
+    for slot in sorted(slots, key=lambda item: slot_number(str(item["name"]))):
+        name = str(slot["name"])
+        places = {"host": slot["host"], "rack": slot["rack"], "zone": slot["zone"]}
+        product = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(slot["product"]))
+        nodes[name] = {
+            **common,
+            "kind": "slot",
+            "name": name,
+            "temp_dir": f"{run_dir}/{name}",
+            "dashboard_agent_port": agent_base + slot_number(name),
+            "metrics_port": metrics_base + slot_number(name),
+            # One log monitor per host is enough.
+            "log_monitor": bool(common.get("log_monitor", True)) and not nodes,
+            "gpu_uuids": list(slot["gpu_uuids"]),
+            "vram_mib": int(slot["vram_mib"]),
+            "labels": {f"berth.{key}": str(value) for key, value in places.items()} | {"berth.product": product},
+        }
+    return nodes
+
+
+def digest(node: Mapping[str, Any]) -> str:
+    """SHA-1 of a node's configuration: a unit whose digest is another than its file's runs an old configuration."""
+    return hashlib.sha1(json.dumps(node, sort_keys=True).encode()).hexdigest()
+
+
+def unit_digests(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The unit of each node of a host (``berth-ray-head``, ``berth-ray-slot@gpu01-0``) and the digest of the node."""
+    return {
+        "berth-ray-head" if node["kind"] == "head" else f"berth-ray-slot@{name}": digest(node)
+        for name, node in sorted(nodes.items())
+    }
 
 
 def command(node: NodeConfig) -> list[str]:
