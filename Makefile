@@ -1,11 +1,13 @@
 # The commands of the README. Everything Berth makes lies in .venv (controller) and .berth (state).
 STRATEGY ?= pack
+SCENARIO ?= default
+HOST ?= gpu01
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 PLAYBOOK := $(BIN)/ansible-playbook
 
-.PHONY: help setup up down verify status test lint unit e2e clean
+.PHONY: help setup up down verify status test lint unit e2e molecule lab-engine lab-up lab-down lab-ssh clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -40,6 +42,22 @@ unit: setup ## Unit and property tests (a minute)
 e2e: setup ## The main job on real Ray and the real engine, then the unit tests that need Ray (minutes)
 	@$(BIN)/pytest tests/e2e -v --durations=12 $(ARGS)
 	@$(BIN)/pytest tests/unit -m runtime $(ARGS)
+
+molecule: setup wheelhouse ## One scenario on lab hosts: SCENARIO=default|driver|upgrade|faults|gpu
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule test --scenario-name $(SCENARIO) $(ARGS)
+
+lab-up: setup wheelhouse ## Hosts with real systemd and simulated GPUs, in containers; then: ansible-playbook -i inventories/lab site.yml
+	@$(PLAYBOOK) -i inventories/lab molecule/shared/create.yml $(ARGS)
+
+lab-down: setup ## Remove the lab's hosts
+	@$(PLAYBOOK) -i inventories/lab molecule/shared/destroy.yml $(ARGS)
+
+lab-ssh: ## A shell on a lab host: HOST=gpu01
+	@$(BIN)/python -m tests.lab ssh $(HOST)
+
+wheelhouse: setup ## The wheels that the lab's hosts install from, once
+	@mkdir -p .berth/wheelhouse
+	@$(BIN)/pip download -qq --no-deps -d .berth/wheelhouse -r roles/berth_agent/files/agent.txt -r roles/ray_runtime/files/runtime-light.txt
 
 clean: down ## Also remove everything that was installed
 	@rm -rf .venv .berth

@@ -58,6 +58,22 @@ options:
     description: Write the plan even when some replicas fit nowhere.
     type: bool
     default: false
+  drain:
+    description:
+      - Hosts or slots to empty. What stands there is placed elsewhere; nothing new goes there until O(undrain).
+      - It is kept in the plan, so that later runs leave them empty.
+    type: list
+    elements: str
+    default: []
+  undrain:
+    description: Hosts or slots that take replicas again, or C(all).
+    type: list
+    elements: str
+    default: []
+  drain_partly:
+    description: Let replicas stay on a drained slot where no other place has room; else that is a failure.
+    type: bool
+    default: false
 attributes:
   check_mode:
     support: full
@@ -137,6 +153,7 @@ try:
     from berth.errors import BerthError
     from berth.plan.apps import load_apps
     from berth.plan.diff import describe, diff_plans, flips, plan_text
+    from berth.plan.drain import drained_slots, plan_drained
     from berth.plan.footprints import cards, footprints, store_beside
     from berth.plan.planner import Options, check_strategy, solve
     from berth.plan.slots import build_slots, load_hosts
@@ -161,8 +178,19 @@ def plan_now(params):
     ]
     most = None if flips(before, deployments, strategy) else params["max_moves"]
     options = Options(max_moves=most, repack=params["repack"])
-    plan = solve(slots, deployments, strategy, before, retired, options=options).plan
+    drained = drained_slots(slots, before, params["drain"], params["undrain"])
+    plan = plan_drained(
+        slots,
+        before,
+        drained,
+        params["drain_partly"],
+        lambda open_slots, stands: solve(open_slots, deployments, strategy, stands, retired, options=options).plan,
+    )
     return (before, replace(plan, footprints=predicted), problems, [host.gpus.host for host in hosts])
+
+
+def drained_hint(plan):
+    return f"; drained now: {', '.join(plan.drained)} (-e placement_undrain='[\"all\"]')" if plan.drained else ""
 
 
 def result(before, plan, problems, hosts):
@@ -197,6 +225,9 @@ def main():
             "max_moves": {"type": "int", "default": 0},
             "repack": {"type": "bool", "default": False},
             "allow_unplaced": {"type": "bool", "default": False},
+            "drain": {"type": "list", "elements": "str", "default": []},
+            "undrain": {"type": "list", "elements": "str", "default": []},
+            "drain_partly": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -211,7 +242,7 @@ def main():
             module.fail_json(
                 msg=f"not every replica fits, nothing was written. {refused}. Mend: lower replicas or vram_mib in "
                 "serve_apps_list, add GPUs, let standing replicas move (-e placement_max_moves=4), or set "
-                "placement_allow_unplaced",
+                f"placement_allow_unplaced{drained_hint(plan)}",
                 unplaced=[dump(item) for item in plan.unplaced],
             )
         answer = result(before, plan, problems, hosts)

@@ -164,6 +164,7 @@ class Plan:
     ``deployments`` lists every deployment asked for with its replica count, zero included, and ``strategies`` the
     strategy that held for each (its own, else the cluster's).
     ``footprints`` tells for each deployment whose footprint is not given, and each product, where it comes from.
+    ``drained`` names the slots that are emptied for maintenance, until they are undrained.
     """
 
     __pydantic_config__ = STRICT
@@ -175,6 +176,7 @@ class Plan:
     strategies: dict[str, StrategyName] = field(default_factory=dict)
     retired: dict[str, str] = field(default_factory=dict)
     footprints: dict[str, dict[str, PlannedFootprint]] = field(default_factory=dict)
+    drained: tuple[str, ...] = ()
     version: int = PLAN_VERSION
 
 
