@@ -52,6 +52,12 @@ def read_engine_args(data: Mapping[str, Any], what: str = "engine arguments") ->
     if not isinstance(data, Mapping):
         raise BerthError(f"{what}: not a mapping of argument to value", found=type(data).__name__, mend=MEND)
     named = _one_spelling(data, what)
+    if named.get("num_gpu_blocks_override") is not None:
+        raise BerthError(
+            f"{what}: num_gpu_blocks_override would replace the KV budget that the footprint is made of",
+            found=named["num_gpu_blocks_override"],
+            mend="remove it and set kv_cache_memory_bytes or concurrency",
+        )
     rest: dict[str, Any] = {name: value for name, value in named.items() if name not in KNOWN}
     given = {name: value for name, value in named.items() if name in KNOWN and value is not None}
     for name in SIZES & set(given):

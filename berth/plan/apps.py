@@ -12,10 +12,14 @@ from berth.errors import BerthError
 from berth.plan.types import Affinity, Deployment, DomainName, StrategyName
 
 Engine = Literal["llm", "embedding", "rerank", "light"]
+MIB = 1 << 20
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 OWNED_ENGINE_ARGS = {
     "gpu_memory_utilization": "vram_mib (Berth sets it from the footprint)",
     "tensor_parallel_size": "gpus_per_replica",
+    "pipeline_parallel_size": "gpus_per_replica",
+    "data_parallel_size": "replicas",
+    "num_gpu_blocks_override": "concurrency, or engine_args.kv_cache_memory_bytes",
     "distributed_executor_backend": "nothing: inside a slot vLLM uses its own executor",
     "model": "model",
     "served_model_name": "name",
@@ -139,10 +143,25 @@ def _check(app: AppSpec, mend: str) -> None:
         raise BerthError(
             f"app {app.name}: engine {app.engine} needs a model", allowed="a local directory or a hub id", mend=mend
         )
-    for key, instead in OWNED_ENGINE_ARGS.items():
-        if key in app.engine_args:
+    _check_engine_args(app)
+
+
+def _check_engine_args(app: AppSpec) -> None:
+    for name, value in app.engine_args.items():
+        # vLLM's own command line spells them with dashes.
+        instead = OWNED_ENGINE_ARGS.get(name.lstrip("-").replace("-", "_"))
+        if instead is not None:
             raise BerthError(
-                f"app {app.name}: engine_args.{key} would break the placement's promise",
-                found=app.engine_args[key],
+                f"app {app.name}: engine_args.{name} would break the placement's promise",
+                found=value,
                 mend=f"remove it and use {instead}",
             )
+    least = min((app.given_mib or {}).values(), default=None)
+    budget = app.engine_args.get("kv_cache_memory_bytes")
+    if least is not None and isinstance(budget, int) and budget >= least * MIB:
+        raise BerthError(
+            f"app {app.name}: engine_args.kv_cache_memory_bytes alone is more than its footprint",
+            found=budget,
+            allowed=f"less than vram_mib, {least} MiB = {least * MIB} bytes",
+            mend="set it lower, or vram_mib higher",
+        )

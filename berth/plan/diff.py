@@ -171,8 +171,8 @@ def cost_of(old: Plan | None, new: Plan, rates: Rates | None = None) -> Cost:
         if after is not None:
             reload_mib += starts * after.vram_mib * len(gpus)
             seconds += starts * rates.seconds(after.vram_mib)
-    replaced = {name: min(flow.starts, flow.lost) for name, flow in flows.items()}
-    moved = {name: min(flow.starts - replaced[name], flow.stops) for name, flow in flows.items()}
+    moved = {name: min(flow.starts, flow.stops) for name, flow in flows.items()}
+    replaced = {name: min(flow.starts - moved[name], flow.lost) for name, flow in flows.items()}
     return Cost(
         moved=sum(moved.values()),
         restarted=sum(flow.restarts for flow in flows.values()),

@@ -33,9 +33,10 @@ from dataclasses import dataclass
 
 from berth.errors import BerthError
 from berth.plan.solver.limits import least_max_load, touchable
-from berth.plan.solver.measure import family_homes, load, moves, share, spread_jobs
+from berth.plan.solver.measure import changes, family_homes, load, share, spread_jobs
 from berth.plan.solver.problem import MAX_REPLICAS_PER_SLOT as MAX_REPLICAS_PER_SLOT
 from berth.plan.solver.problem import MICRO, Problem, build_problem
+from berth.plan.solver.room import ways_in
 from berth.plan.solver.search import Effort, Found, find
 from berth.plan.solver.standing import Standing, keep
 from berth.plan.solver.state import State, domains_of, open_slots
@@ -47,11 +48,12 @@ from berth.plan.types import STRATEGIES, Deployment, Plan, Slot, Solution, Strat
 class Options:
     """How to plan.
 
-    ``max_moves`` bounds the standing replicas that are moved though they could stay (None: as many as it takes; those
-    whose GPU is gone or too full must move and do not count). ``repack`` puts the strategy's objective before standing
-    still. ``regroup`` joins empty 1-GPU slots of one host and product for replicas of several GPUs (the fused slot is
-    called ``host-0+1``). Fleets of at most ``exact_gpus`` GPUs are searched exactly (0: none), each objective for
-    ``effort`` units of the solver's own deterministic time (about a second each): the same on every machine.
+    ``max_moves`` bounds the standing replicas that are moved, or left out for a higher priority, though they could stay
+    (None: as many as it takes; those whose GPU is gone or too full must move and do not count). ``repack`` puts the
+    strategy's objective before standing still. ``regroup`` joins empty 1-GPU slots of one host and product for replicas
+    of several GPUs (the fused slot is called ``host-0+1``). Fleets of at most ``exact_gpus`` GPUs are searched exactly
+    (0: none), each objective for ``effort`` units of the solver's own deterministic time (about a second each): the
+    same on every machine.
     """
 
     max_moves: int | None = None
@@ -93,7 +95,8 @@ def solve(
     options = options or Options()
     problem = build_problem(slots, deployments, check_strategy(strategy), previous, options.regroup)
     found, standing = _find(problem, options)
-    plan = to_plan(found.state, dict(retired or {}), standing.evicted)
+    bounded = problem.before is not None and options.max_moves is not None
+    plan = to_plan(found.state, dict(retired or {}), standing.evicted, ways_in(found.state) if bounded else {})
     return Solution(plan, _summary(found))
 
 
@@ -106,7 +109,7 @@ def _find(problem: Problem, options: Options) -> tuple[Found, Standing]:
     if problem.before is None or not (options.repack or flips):
         return find(standing.state, effort, most, repack=False), standing
     anew = find(State(problem) if options.repack else standing.state, effort, None, repack=False)
-    if most is None or moves(anew.state) <= most:
+    if most is None or changes(anew.state).moved <= most:
         return anew, standing
     return find(held.state, effort, most, repack=True), held
 
@@ -115,12 +118,14 @@ def _summary(found: Found) -> Summary:
     state = found.state
     problem, used = state.problem, open_slots(state)
     gpus, cost = sum(problem.gpus[slot] for slot in used), sum(problem.costs[slot] for slot in used)
+    changed = changes(state)
     return Summary(
         gpus_used=gpus,
         hosts_used=len(state.opened),
         lower_bound_gpus=min(found.gpus, gpus),
         gap=_gap(found, cost),
-        moves=moves(state),
+        moves=changed.moved,
+        replaced=changed.replaced,
         max_gpu_load=round(max((share(state, slot) for slot in used), default=0.0), 6),
         cost=cost / MICRO,
         lower_bound_cost=min(found.cost, cost) / MICRO,

@@ -182,13 +182,14 @@ def _moved(berth: Berth, story: Story) -> str:
             return f"{replicas} moved off {item.slot}, which can promise {gib(slot.vram_mib)} GiB{stranger}"
     gone = [item.slot for item in old if not story.uuids.issuperset(story.old_slots[item.slot].gpu_uuids)]
     if gone:
-        return f"takes the place of {_listed(gone)}, which is gone"
+        return f"takes the place of {listed(gone)}, which is gone"
     now = {item.slot: item.replicas for item in story.by_deployment[name]}
     left = [item.slot for item in old if now.get(item.slot, 0) < item.replicas]
-    return f"moved from {_listed(left)} so that the plan as a whole is better" if left else ""
+    return f"moved from {listed(left)} so that the plan as a whole is better" if left else ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     rest = f" and {len(names) - SHOWN_WAYS} more" if len(names) > SHOWN_WAYS else ""
     return ", ".join(names[:SHOWN_WAYS]) + rest
 
@@ -201,6 +202,7 @@ class Options:
     """What a deployment that is short could use: its fitting slots with footprint, and what is left on each.
 
     ``left`` is what may still be promised on each GPU of each slot, in MiB; zero where one replica holds the slot.
+    ``way_in`` says whose moves would let it in ("" when none would, or all were tried).
     """
 
     deployment: Deployment
@@ -208,6 +210,7 @@ class Options:
     fitting: Sequence[tuple[Slot, int]]
     left: Mapping[str, int]
     width: int
+    way_in: str = ""
 
 
 def why_nowhere(
@@ -266,7 +269,7 @@ def _no_such_gpu(deployment: Deployment, shaped: Sequence[Slot]) -> str:
         allowed = deployment.products or tuple(deployment.vram_mib)
         return f"it may run on {', '.join(sorted(allowed))} only, here are {', '.join(here)}"
     if deployment.pins and not {uuid for slot in able for uuid in slot.gpu_uuids} & set(deployment.pins):
-        return f"it is pinned to {_listed(sorted(deployment.pins))}, which no slot here has"
+        return f"it is pinned to {listed(sorted(deployment.pins))}, which no slot here has"
     if deployment.min_compute_capability:
         there = ", ".join(
             f"{slot} {cap or 'unknown'}" for slot, cap in sorted({(s.product, s.compute_capability) for s in able})
@@ -295,9 +298,9 @@ def _sums(options: Options, plan: Plan, missing: int, here: Mapping[str, int]) -
     sums += _strict(options, here)
     demand = missing * sizes[0] * each
     sums.append(f"free in all {gib(free)} GiB, wanted {gib(demand)} GiB")
-    if demand > free:
+    if demand > free and not options.way_in:
         sums.append("more is asked than there is")
-    elif options.strategy in ("pack", "spread", "balanced") and best_left < sizes[-1]:
+    elif demand <= free and options.strategy in ("pack", "spread", "balanced") and best_left < sizes[-1]:
         sums.append("enough in sum, but in pieces too small, and no standing replica may or can move to join them")
     shown = sorted(options.fitting, key=lambda pair: -left[pair[0].name])[:SHOWN_SLOTS]
     more = len(options.fitting) - len(shown)
@@ -348,15 +351,15 @@ def _shortage(options: Options, here: Mapping[str, int]) -> tuple[int, list[str]
 
 
 def _ways_out(options: Options, short: tuple[int, list[str]] | None, missing: int) -> str:
-    """The cheapest ways to place what is short: a cordon lifted, memory freed, GPUs added."""
-    ways = []
+    """The cheapest ways to place what is short: others moved, a cordon lifted, memory freed, GPUs added."""
+    ways = [options.way_in] if options.way_in else []
     free = [slot.name for slot, size in options.fitting if slot.cordoned and options.left[slot.name] >= size]
     if free:
         ways.append(f"uncordon {' or '.join(free[:SHOWN_WAYS])}")
     if short is not None and options.width == options.deployment.gpus_per_replica:
         lack, names = short
         any_of = "any of " if len(names) > 1 else ""
-        ways.append(f"free {gib(lack)} GiB ({lack} MiB) on {any_of}{_listed(names)} for one more")
+        ways.append(f"free {gib(lack)} GiB ({lack} MiB) on {any_of}{listed(names)} for one more")
     elif options.width != options.deployment.gpus_per_replica:
         ways.append(f"empty {options.deployment.gpus_per_replica} GPUs of one product on one host")
     if options.strategy != "strict_pack" and (more := _more_gpus(options, missing)):

@@ -117,7 +117,10 @@ class Lost:
 
 @dataclass(frozen=True)
 class Loss:
-    """What becomes of the replicas of a host, a rack or a zone that is lost; ``alike`` others would do the same."""
+    """What becomes of the replicas of a host, a rack or a zone that is lost; ``alike`` others would do the same.
+
+    ``moved`` replicas that stood elsewhere move to make room.
+    """
 
     domain: str
     name: str
@@ -126,6 +129,7 @@ class Loss:
     replicas: int
     again: int
     lost: tuple[Lost, ...]
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -331,13 +335,14 @@ def _name(domain: str, slot: Slot) -> str:
 def _loss(fleet: Fleet, plan: Plan, domain: str, name: str, alike: int) -> Loss:
     gone = {uuid for slot in plan.slots if _name(domain, slot) == name for uuid in slot.gpu_uuids}
     left = tuple(slot for slot in fleet.slots if not gone.intersection(slot.gpu_uuids))
-    after = solve(left, fleet.deployments, fleet.strategy, plan, options=QUICK).plan
+    found = solve(left, fleet.deployments, fleet.strategy, plan, options=QUICK)
     standing = {slot.name for slot in plan.slots if not gone.intersection(slot.gpu_uuids)}
     hit = sum(berth.replicas for berth in plan.berths if berth.slot not in standing)
     before = {item.deployment: item.replicas for item in plan.unplaced}
     lost = tuple(
         Lost(item.deployment, more, item.reason)
-        for item in after.unplaced
+        for item in found.plan.unplaced
         if (more := item.replicas - before.get(item.deployment, 0)) > 0
     )
-    return Loss(domain, name, alike, len(gone), hit, max(0, hit - sum(item.replicas for item in lost)), lost)
+    again = max(0, hit - sum(item.replicas for item in lost))
+    return Loss(domain, name, alike, len(gone), hit, again, lost, found.summary.moves)

@@ -186,8 +186,9 @@ class Summary:
 
     ``lower_bound_gpus`` is proven: no plan that places as many replicas opens fewer GPUs (``lower_bound_cost``: costs
     less). ``gap`` is (used - bound) / bound of what the strategy minimises, 0.0 when nothing is used; ``optimal`` says
-    that a solver proved the whole objective. ``moves`` counts standing replicas that change their slot;
-    ``max_gpu_load`` is the largest promised share of any GPU (0..1). ``method`` names how the plan was found.
+    that a solver proved the whole objective. ``moves`` counts standing replicas that leave a GPU which is still there
+    for another, ``replaced`` those whose GPU is gone and that have a new place; ``max_gpu_load`` is the largest
+    promised share of any GPU (0..1). ``method`` names how the plan was found.
     """
 
     __pydantic_config__ = STRICT
@@ -201,6 +202,7 @@ class Summary:
     lower_bound_cost: float
     optimal: bool
     method: str
+    replaced: int = 0
 
 
 @dataclass(frozen=True)

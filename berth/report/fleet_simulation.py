@@ -55,11 +55,15 @@ def verdict(found: Simulation) -> str:
 def loss_verdict(loss: Loss) -> str:
     """What the loss does, in one sentence."""
     others = f" (and {loss.alike} like it)" if loss.alike else ""
+    room = (
+        f"; {loss.moved} that stood elsewhere move{'s' if loss.moved == 1 else ''} to make room" if loss.moved else ""
+    )
     if not loss.lost:
         all_of = "its one replica finds" if loss.replicas == 1 else f"all {loss.replicas} replicas find"
-        return f"{loss.domain} {loss.name}{others}: {all_of} a new place"
+        return f"{loss.domain} {loss.name}{others}: {all_of} a new place{room}"
     lost = ", ".join(f"{item.replicas} of {item.deployment}" for item in loss.lost)
-    return f"{loss.domain} {loss.name}{others}: {loss.again} of {loss.replicas} replicas find a new place, not {lost}"
+    found = f"{loss.again} of {loss.replicas} replicas find a new place, not {lost}"
+    return f"{loss.domain} {loss.name}{others}: {found}{room}"
 
 
 def simulation_table(found: Simulation, width: int = COLUMNS, color: bool = False) -> str:

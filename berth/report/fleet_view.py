@@ -150,6 +150,11 @@ def headline(solution: Solution) -> str:
         parts.append(f"cost {told.cost:g} (at least {told.lower_bound_cost:g})")
     if told.moves:
         parts.append(f"{told.moves} standing replica{'s' if told.moves > 1 else ''} moved")
+    if told.replaced:
+        gone = (
+            "replica is replaced, its GPU is gone" if told.replaced == 1 else "replicas are replaced, their GPU is gone"
+        )
+        parts.append(f"{told.replaced} {gone}")
     return "; ".join(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from berth.plan.solver.problem import HOST_LEVEL, Job, Problem
 from berth.plan.solver.state import State, domains_of, open_slots
@@ -83,21 +84,33 @@ def value(state: State) -> tuple[float, ...]:
     return spread_value(state)
 
 
-def moves(state: State) -> int:
-    """Standing replicas that change their slot: those that stood, are still wanted and stay no more."""
+@dataclass(frozen=True)
+class Changes:
+    """Replicas that stood and now are elsewhere: ``moved`` off a GPU that is still there, ``replaced`` as theirs is
+    gone."""
+
+    moved: int = 0
+    replaced: int = 0
+
+
+def changes(state: State) -> Changes:
+    """Who of the previous plan changes the slot: those that stood, are still wanted and stay no more."""
     before = state.problem.before
     if before is None:
-        return 0
+        return Changes()
     families = {job.name: job for job in state.problem.jobs if not job.shadow}
-    stood: dict[str, int] = defaultdict(int)
-    stays: dict[str, int] = defaultdict(int)
+    stood, gone, stays = defaultdict[str, int](int), defaultdict[str, int](int), defaultdict[str, int](int)
+    here = {uuid for slot in state.problem.slots for uuid in slot.gpu_uuids}
+    there = {slot.name: here.issuperset(slot.gpu_uuids) for slot in before.slots}
     for berth in before.berths:
         job = families.get(berth.deployment)
         if job is None:
             continue
-        stood[job.name] += berth.replicas
+        (stood if there[berth.slot] else gone)[job.name] += berth.replicas
         stays[job.name] += min(berth.replicas, _now(state, job, state.problem.then.get(berth.slot, ())))
-    return sum(max(0, min(stood[name], state.placed[families[name].index]) - stays[name]) for name in stood)
+    moved = {name: max(0, min(stood[name], state.placed[families[name].index]) - stays[name]) for name in stays}
+    left = {name: state.placed[families[name].index] - stays[name] - moved[name] for name in stays}
+    return Changes(sum(moved.values()), sum(min(gone[name], left[name]) for name in stays))
 
 
 def _now(state: State, job: Job, slots: tuple[int, ...]) -> int:
@@ -108,4 +121,4 @@ def _now(state: State, job: Job, slots: tuple[int, ...]) -> int:
 
 def best(states: Iterable[State]) -> State:
     """The best of ``states``: least unplaced, then the strategy's objective, then fewest moves; the first of equals."""
-    return min(states, key=lambda state: (unplaced(state), value(state), moves(state)))
+    return min(states, key=lambda state: (unplaced(state), value(state), changes(state).moved))

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from berth.codec import replace
 from berth.plan.solver.greedy import URGENT_WAYS, WAYS, greedy, order_of, squeaky
-from berth.plan.solver.improve import Budget, improve, level, make_room
+from berth.plan.solver.improve import Budget, improve, level
 from berth.plan.solver.measure import best, pack_value, unplaced
 from berth.plan.solver.problem import Problem
+from berth.plan.solver.room import make_room
 from berth.plan.solver.state import State
 
 if TYPE_CHECKING:
@@ -65,7 +66,12 @@ def find(base: State, effort: Effort, max_moves: int | None, repack: bool) -> Fo
     if importlib.util.find_spec("ortools") is None or importlib.util.find_spec("numpy") is None:
         return Found(start, "greedy")
     small = base.problem.total_gpus <= effort.exact_gpus
-    return _small(base, start, effort, max_moves, repack) if small else _large(base, start)
+    found = _small(base, start, effort, max_moves, repack) if small else _large(base, start)
+    if whole(found.state) or found.optimal or base.problem.before is None:
+        return found
+    # Packed anew, there may be another way in.
+    again = make_room(base, found.state, max_moves)
+    return replace(found, state=again) if unplaced(again) < unplaced(found.state) else found
 
 
 def _improved(base: State, start: State, max_moves: int) -> State:
@@ -150,7 +156,7 @@ def _small(base: State, start: State, effort: Effort, max_moves: int | None, rep
             least = replace(least, reached=proof.reached, proven=proof.proven)
             if proof.optimal:
                 return _found(state, start, bounds, "patterns, proven", True)
-    stay = not _stands(base) or (whole(state) and not repack)
+    stay = not _stands(base) or (whole(state) and _keeps(base, state) and not repack)
     searched = exact.search(base, state, least, effort.steps, max_moves, stay, repack)
     return _found(
         best((searched.state, state)) if stay else searched.state, start, bounds, "exact search", searched.optimal

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 from berth.codec import replace
 from berth.plan import reasons
 from berth.plan.slots import natural
 from berth.plan.solver.problem import Job, Problem
+from berth.plan.solver.room import Step, Ways
 from berth.plan.solver.state import State, Team
 from berth.plan.types import DOMAINS, Berth, Plan, Slot, Unplaced
 
 
-def to_plan(state: State, retired: Mapping[str, str], evicted: Mapping[tuple[str, str], int]) -> Plan:
-    """The plan that ``state`` stands for."""
+def to_plan(
+    state: State, retired: Mapping[str, str], evicted: Mapping[tuple[str, str], int], ways: Ways | None = None
+) -> Plan:
+    """The plan that ``state`` stands for; ``ways`` tells what would have to go to let in who is left out."""
     problem = state.problem
     fused = {team: fuse(problem, team) for teams in state.teams for team in teams}
     names = {team: slot.name for team, slot in fused.items()}
@@ -45,7 +48,10 @@ def to_plan(state: State, retired: Mapping[str, str], evicted: Mapping[tuple[str
         bare,
         berths=tuple(replace(berth, reason=reasons.why_here(berth, story)) for berth in berths),
         unplaced=tuple(
-            item for job in mains if (item := _unplaced(state, job, shadows.get(job.family), bare, story)) is not None
+            item
+            for job in mains
+            if (item := _unplaced(state, job, shadows.get(job.family), bare, story, (ways or {}).get(job.family, ())))
+            is not None
         ),
     )
 
@@ -103,7 +109,9 @@ def _share_out(counts: dict[tuple[str, int], list[int]], job: Job) -> None:
                 left -= 1
 
 
-def _unplaced(state: State, job: Job, shadow: Job | None, plan: Plan, story: reasons.Story) -> Unplaced | None:
+def _unplaced(
+    state: State, job: Job, shadow: Job | None, plan: Plan, story: reasons.Story, steps: Sequence[Step]
+) -> Unplaced | None:
     missing = max(0, state.missing(job))
     room = max(0, state.missing(shadow)) if shadow is not None else 0
     if job.pool:
@@ -124,10 +132,31 @@ def _unplaced(state: State, job: Job, shadow: Job | None, plan: Plan, story: rea
         fitting.append((slot, size))
         if left[slot.name] >= size and not slot.cordoned and not state.allowed(job, number):
             blocked += 1
-    options = reasons.Options(job.deployment, job.strategy, fitting, left, 1 if job.team else job.width)
+    width = 1 if job.team else job.width
+    options = reasons.Options(job.deployment, job.strategy, fitting, left, width, _way_in(problem, steps, missing))
     here = {item.slot: item.replicas for item in story.by_deployment.get(job.name, ())}
     told = _rules(state, job) if blocked else ""
     return reasons.why_nowhere(options, plan, missing, here, told, room)
+
+
+def _way_in(problem: Problem, steps: Sequence[Step], missing: int) -> str:
+    """``moving a@x, 2 of b@y and leaving out c@z (priority -10) (max_moves 4) would let it in``; "" without steps."""
+    if not steps:
+        return ""
+    moving, leaving = Counter[str](), Counter[str]()
+    for step in steps:
+        slot = fuse(problem, step.here) if step.job.team else problem.slots[step.here[0]]
+        name = f"{step.job.name}@{slot.name}"
+        if step.there is None:
+            leaving[f"{name} (priority {step.job.deployment.priority})"] += 1
+        else:
+            moving[name] += 1
+    told = [
+        f"{verb} {reasons.listed([f'{count} of {name}' if count > 1 else name for name, count in counts.items()])}"
+        for verb, counts in (("moving", moving), ("leaving out", leaving))
+        if counts
+    ]
+    return f"{' and '.join(told)} (max_moves {len(steps)}) would let {'it' if missing == 1 else 'one more'} in"
 
 
 def _rules(state: State, job: Job) -> str:

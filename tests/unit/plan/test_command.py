@@ -119,11 +119,14 @@ def test_a_lost_gpu_moves_its_replica_alone_and_the_diff_says_what_it_takes(caps
     after = json.loads(capsys.readouterr().out)
     assert after["assignments"][1]["gpus"] == first["assignments"][1]["gpus"]
     assert [(step["kind"], step["gpus"]) for step in after["steps"]] == [("make", after["assignments"][0]["gpus"])]
-    assert after["diff"]["cost"]["replaced"] == 1
+    assert (after["diff"]["cost"]["moved"], after["diff"]["cost"]["replaced"]) == (0, 1)
+    assert (after["summary"]["moves"], after["summary"]["replaced"]) == (0, 1)
     assert after["diff"]["elapsed_s"] == 40.0
     assert berth(*args) == 0
     text = capsys.readouterr().out
     assert "cost: 0 moved, 0 restarted, 1 replaced, 0 lost" in text
+    assert "1 replica is replaced, its GPU is gone" in " ".join(text.split())
+    assert "standing replica" not in text
     assert "30000 MiB of VRAM loaded anew" in text
 
 

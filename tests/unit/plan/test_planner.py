@@ -220,21 +220,6 @@ def test_spread_levels_by_share_of_the_card_not_by_count():
     assert promised(plan, "b-0") == 4_000
 
 
-def test_spread_levels_after_a_deletion_gpustack_1066():
-    slots = grid(1, 4)
-    full = make_plan(slots, [model("a", 4, 4_000), model("b", 4, 4_000)], "spread")
-    less = make_plan(slots, [model("b", 4, 4_000)], "spread", full)
-    more = make_plan(slots, [model("b", 8, 4_000), model("c", 4, 4_000)], "spread", less)
-    assert set(where(more, "b").values()) == {2}
-    assert set(where(more, "c").values()) == {1}
-
-
-def test_pack_on_unequal_gpus_gpustack_1597():
-    slots = [slot("small-0", 23_000, product="NVIDIA A10G"), slot("large-0", 80_000, product=A100)]
-    assert where(make_plan(slots, [model("chat", 3, 20_000)], "pack"), "chat") == {"large-0": 3}
-    assert where(make_plan(slots, [model("chat", 1, 20_000)], "pack"), "chat") == {"small-0": 1}
-
-
 def test_pack_opens_the_gpu_that_holds_most_even_on_another_host():
     slots = [slot("h-0", 24_000), slot("h-1", 24_000), slot("z-0", 80_000, product=A100)]
     plan = make_plan(slots, [model("first", 1, 23_000, products=(L40S,)), model("chat", 3, 20_000)], "pack")
@@ -248,33 +233,6 @@ def test_a_perfect_fit_that_no_greedy_order_finds(strategy):
     plan = make_plan(slots, [model(f"m{n}", 1, size * 1_000) for n, size in enumerate(sizes)], strategy)
     assert not plan.unplaced
     assert [promised(plan, item.name) for item in slots] == [20_000] * 3
-
-
-def test_never_oversells_what_strangers_hold_gpustack_3034():
-    plan = make_plan([slot("a-0", 44_000, foreign=30_000)], [model("chat", 2, 9_828)], "pack")
-    assert where(plan, "chat") == {"a-0": 1}
-    assert plan.unplaced[0].replicas == 1
-
-
-def test_footprint_follows_the_product_not_the_largest_card():
-    slots = [slot("a-0", 80_000, product=A100), slot("b-0", 14_500, product=T4)]
-    plan = make_plan(slots, [model("chat", 2, {A100: 30_000, "default": 9_828})], "spread")
-    assert {berth.slot: berth.vram_mib for berth in plan.berths} == {"a-0": 30_000, "b-0": 9_828}
-
-
-def test_querylake_models_on_unequal_cards():
-    slots = [*grid(1, 2, 23_500, product="NVIDIA RTX A5000"), slot("old-0", 11_000, product="NVIDIA RTX 2080 Ti")]
-    deployments = [
-        model("llm", 3, 9_828),
-        model("embedding", 6, 1_965),
-        model("rerank", 2, 3_931),
-        model("idle", 0, 9_828),
-    ]
-    plan = make_plan(slots, deployments, "pack")
-    check_sound(plan, tuple(deployments))
-    assert not plan.unplaced
-    assert plan.deployments["idle"] == 0
-    assert where(plan, "idle") == {}
 
 
 def test_tensor_parallel_takes_a_whole_slot_of_its_size():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from berth.errors import BerthError
 from berth.plan.planner import solve
 from berth.plan.simulate import QUICK, grown, load_fleet, simulate
+from berth.report.fleet_simulation import loss_verdict
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "fleet.yml"
 
@@ -148,4 +149,7 @@ def test_the_example_is_what_the_manual_says_it_is():
     found = simulate(load_fleet(yaml.safe_load(EXAMPLE.read_text()), EXAMPLE.parent))
     assert not found.solution.plan.unplaced
     assert {loss.domain for loss in found.losses} == {"host", "rack"}
-    assert any(item.deployment == "chat-70b" for loss in found.losses for item in loss.lost)
+    assert not any(loss.lost for loss in found.losses)
+    (host,) = [loss for loss in found.losses if loss.name == "h100-01"]
+    assert (host.replicas, host.again, host.moved) == (1, 1, 2)
+    assert loss_verdict(host).endswith("its one replica finds a new place; 2 that stood elsewhere move to make room")
