@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from berth.codec import STRICT
 from berth.errors import BerthError
+from berth.ray.ports import NodePorts, uses
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class NodeConfig:
     """One ``ray start``. Memory in bytes; ``vram_mib`` is what each GPU of the slot can promise (0 for the head).
 
     ``gpu_uuids`` are resolved to indices when the node starts, never before: indices change with the driver's mood.
+    ``tls_dir`` holds node.crt, node.key and ca.crt; "" where Ray's connections are not encrypted.
     """
 
     __pydantic_config__ = STRICT
@@ -34,9 +35,12 @@ class NodeConfig:
     token_file: str
     dashboard_agent_port: int
     metrics_port: int
+    node_port_base: int
+    node_port_count: int
     num_cpus: float
     memory_bytes: int
     object_store_bytes: int
+    tls_dir: str = ""
     dashboard_host: str = "127.0.0.1"
     dashboard_port: int = 0
     client_port: int = 0
@@ -48,29 +52,36 @@ class NodeConfig:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def slot_number(name: str) -> int:
-    """The n of a slot's name ``<host>-<n>``: what its ports are counted by.
-
-    Raises:
-        BerthError: the name has no number.
-    """
-    tail = name.rpartition("-")[2]
-    if not tail.isdigit():
-        raise BerthError("a slot's name has no number", found=name, allowed="<host>-<n>")
-    return int(tail)
-
-
-def slot_ports(names: Iterable[str], agent_base: int, metrics_base: int) -> dict[str, int]:
-    """Every fixed port that the slots ``names`` listen on, by what to call it in an error."""
-    ports = {}
-    for name in names:
-        ports[f"ray_slot_dashboard_agent_port_base + {slot_number(name)}"] = agent_base + slot_number(name)
-        ports[f"ray_slot_metrics_port_base + {slot_number(name)}"] = metrics_base + slot_number(name)
-    return ports
+def node_ports(node: NodeConfig) -> NodePorts:
+    """The node's ports, for ``berth.ray.ports``."""
+    head = node.kind == "head"
+    return NodePorts(
+        dashboard_agent_port=node.dashboard_agent_port,
+        metrics_port=node.metrics_port,
+        node_port_base=node.node_port_base,
+        node_port_count=node.node_port_count,
+        gcs_port=int(node.gcs_address.rpartition(":")[2]) if head else 0,
+        client_port=node.client_port if head else 0,
+        dashboard_port=node.dashboard_port if head else 0,
+    )
 
 
 def command(node: NodeConfig) -> list[str]:
-    """``ray start --block`` with everything that keeps nodes of one host apart (Ray 2.60)."""
+    """``ray start --block`` with everything that keeps nodes of one host apart (Ray 2.60).
+
+    Raises:
+        BerthError: the node's block of ports is out of range, or too small for its CPUs.
+    """
+    ports = node_ports(node)
+    uses(ports)
+    first, last = ports.workers
+    if last - first + 1 < node.num_cpus:
+        # Ray keeps a worker per CPU ready; one without a port never starts.
+        raise BerthError(
+            f"{node.name} has fewer ports for workers than CPUs",
+            found=f"{last - first + 1} ports ({first}-{last}), {node.num_cpus:g} CPUs",
+            mend="raise ray_slot_node_port_count or lower ray_slot_num_cpus",
+        )
     common = [
         node.ray,
         "start",
@@ -81,6 +92,12 @@ def command(node: NodeConfig) -> list[str]:
         f"--temp-dir={node.temp_dir}",
         f"--dashboard-agent-listen-port={node.dashboard_agent_port}",
         f"--metrics-export-port={node.metrics_port}",
+        f"--node-manager-port={ports.node_manager}",
+        f"--object-manager-port={ports.object_manager}",
+        f"--runtime-env-agent-port={ports.runtime_env_agent}",
+        f"--dashboard-agent-grpc-port={ports.agent_grpc}",
+        f"--min-worker-port={first}",
+        f"--max-worker-port={last}",
         f"--num-cpus={node.num_cpus:g}",
         f"--num-gpus={len(node.gpu_uuids)}",
         f"--memory={node.memory_bytes}",
@@ -131,6 +148,21 @@ def environment(node: NodeConfig, gpu_indices: tuple[str, ...]) -> dict[str, str
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if node.tls_dir:
+        # Read by every process when it starts; gRPC only: docs/security.md.
+        ours |= {
+            "RAY_USE_TLS": "1",
+            "RAY_TLS_SERVER_CERT": f"{node.tls_dir}/node.crt",
+            "RAY_TLS_SERVER_KEY": f"{node.tls_dir}/node.key",
+            "RAY_TLS_CA_CERT": f"{node.tls_dir}/ca.crt",
+        }
+    if node.kind == "head":
+        # No options of ray start: else 44217 and 44227, on every interface.
+        ports = node_ports(node)
+        ours |= {
+            "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
+            "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
+        }
     if node.kind == "slot":
         ours |= {"BERTH_SLOT": node.name, "BERTH_GPU_UUIDS": ",".join(node.gpu_uuids)}
     if node.gcs_storage_dir:
