@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
+from berth.codec import load
 from berth.errors import BerthError
-from berth.ray import start
-
-
-def slot_ports(names: Iterable[str], agent_base: int, metrics_base: int) -> dict[str, int]:
-    """See berth.ray.start.slot_ports."""
-    try:
-        return start.slot_ports(names, int(agent_base), int(metrics_base))
-    except BerthError as error:
-        raise AnsibleFilterError(str(error)) from None
+from berth.host import addresses
+from berth.ray import ports, start
+from berth.ray.start import NodeConfig, node_ports
 
 
 def slot_nodes(
-    slots: Iterable[dict[str, Any]], common: dict[str, Any], run_dir: str, agent_base: int, metrics_base: int
+    slots: Iterable[dict[str, Any]], common: dict[str, Any], run_dir: str, *bases: int
 ) -> dict[str, dict[str, Any]]:
     """See berth.ray.start.slot_nodes."""
+    found: dict[str, dict[str, Any]] = _told(lambda: start.slot_nodes(slots, common, run_dir, *map(int, bases)))
+    return found
+
+
+def fixed_ports(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """See berth.ray.ports.fixed; ``nodes`` are NodeConfigs, or their ports alone, by name."""
+    found: dict[str, int] = _told(lambda: ports.fixed({name: _ports(node) for name, node in nodes.items()}))
+    return found
+
+
+def port_ranges(nodes: Iterable[Mapping[str, Any]], audience: ports.Audience) -> list[str]:
+    """See berth.ray.ports.ranges."""
+    found: list[str] = _told(lambda: ports.ranges(map(_ports, nodes), audience))
+    return found
+
+
+def node_addresses(hosts: Iterable[str], variables: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """See berth.host.addresses.node_addresses; ``variables`` is hostvars."""
+    found: dict[str, list[str]] = _told(lambda: addresses.node_addresses(hosts, variables))
+    return found
+
+
+def ip_family(items: Iterable[str], version: int) -> list[str]:
+    """See berth.host.addresses.family."""
+    found: list[str] = _told(lambda: addresses.family(items, version))
+    return found
+
+
+def _ports(node: Mapping[str, Any]) -> ports.NodePorts:
+    if "kind" in node:
+        return node_ports(load(NodeConfig, dict(node), "node"))
+    return load(ports.NodePorts, dict(node), "ports")
+
+
+def _told(call: Callable[[], Any]) -> Any:
     try:
-        return start.slot_nodes(slots, common, run_dir, int(agent_base), int(metrics_base))
+        return call()
     except BerthError as error:
         raise AnsibleFilterError(str(error)) from None
 
@@ -36,6 +66,9 @@ class FilterModule:
         return {
             "node_digest": start.digest,
             "slot_nodes": slot_nodes,
-            "slot_ports": slot_ports,
             "unit_digests": start.unit_digests,
+            "fixed_ports": fixed_ports,
+            "port_ranges": port_ranges,
+            "node_addresses": node_addresses,
+            "ip_family": ip_family,
         }

@@ -16,10 +16,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 RUNTIME = Path(__file__).resolve().parents[1] / ".berth" / "runtime" / "current" / "bin" / "python"
 
 
-@pytest.fixture
-def runtime_python() -> str:
-    """The interpreter of the runtime environment (Ray, vLLM); tests that use it are marked ``runtime``."""
+def find_runtime() -> str:
+    """The interpreter of the runtime environment (Ray, vLLM); skips the test where there is none."""
     python = os.environ.get("BERTH_RUNTIME_PYTHON") or (str(RUNTIME) if RUNTIME.exists() else "")
     if not python:
         pytest.skip("no runtime environment with Ray yet; mend: make up, or make e2e")
     return python
+
+
+@pytest.fixture
+def runtime_python() -> str:
+    """See find_runtime; tests that use it are marked ``runtime``."""
+    return find_runtime()

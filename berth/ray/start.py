@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from berth.codec import STRICT
 from berth.errors import BerthError
+from berth.ray.ports import NodePorts, slot_number, slot_ports, uses
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class NodeConfig:
     """One ``ray start``. Memory in bytes; ``vram_mib`` is what each GPU of the slot can promise (0 for the head).
 
     ``gpu_uuids`` are resolved to indices when the node starts, never before: indices change with the driver's mood.
+    ``tls_dir`` holds node.crt, node.key and ca.crt; "" where Ray's connections are not encrypted.
     """
 
     __pydantic_config__ = STRICT
@@ -36,9 +38,12 @@ class NodeConfig:
     token_file: str
     dashboard_agent_port: int
     metrics_port: int
+    node_port_base: int
+    node_port_count: int
     num_cpus: float
     memory_bytes: int
     object_store_bytes: int
+    tls_dir: str = ""
     dashboard_host: str = "127.0.0.1"
     dashboard_port: int = 0
     client_port: int = 0
@@ -50,29 +55,28 @@ class NodeConfig:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def slot_number(name: str) -> int:
-    """The n of a slot's name ``<host>-<n>``: what its ports are counted by.
-
-    Raises:
-        BerthError: the name has no number.
-    """
-    tail = name.rpartition("-")[2]
-    if not tail.isdigit():
-        raise BerthError("a slot's name has no number", found=name, allowed="<host>-<n>")
-    return int(tail)
-
-
-def slot_ports(names: Iterable[str], agent_base: int, metrics_base: int) -> dict[str, int]:
-    """Every fixed port that the slots ``names`` listen on, by what to call it in an error."""
-    ports = {}
-    for name in names:
-        ports[f"ray_slot_dashboard_agent_port_base + {slot_number(name)}"] = agent_base + slot_number(name)
-        ports[f"ray_slot_metrics_port_base + {slot_number(name)}"] = metrics_base + slot_number(name)
-    return ports
+def node_ports(node: NodeConfig) -> NodePorts:
+    """The node's ports, for ``berth.ray.ports``."""
+    head = node.kind == "head"
+    return NodePorts(
+        dashboard_agent_port=node.dashboard_agent_port,
+        metrics_port=node.metrics_port,
+        node_port_base=node.node_port_base,
+        node_port_count=node.node_port_count,
+        gcs_port=int(node.gcs_address.rpartition(":")[2]) if head else 0,
+        client_port=node.client_port if head else 0,
+        dashboard_port=node.dashboard_port if head else 0,
+    )
 
 
 def slot_nodes(
-    slots: Iterable[Mapping[str, Any]], common: Mapping[str, Any], run_dir: str, agent_base: int, metrics_base: int
+    slots: Iterable[Mapping[str, Any]],
+    common: Mapping[str, Any],
+    run_dir: str,
+    agent_base: int,
+    metrics_base: int,
+    node_base: int,
+    node_count: int,
 ) -> dict[str, dict[str, Any]]:
     """The NodeConfig, as plain data, of each slot of one host, by the slot's name.
 
@@ -91,8 +95,7 @@ def slot_nodes(
             "kind": "slot",
             "name": name,
             "temp_dir": f"{run_dir}/{name}",
-            "dashboard_agent_port": agent_base + slot_number(name),
-            "metrics_port": metrics_base + slot_number(name),
+            **slot_fields(slot_ports(name, agent_base, metrics_base, node_base, node_count)),
             # One log monitor per host is enough.
             "log_monitor": bool(common.get("log_monitor", True)) and not nodes,
             "gpu_uuids": list(slot["gpu_uuids"]),
@@ -100,6 +103,12 @@ def slot_nodes(
             "labels": {f"berth.{key}": str(value) for key, value in places.items()} | {"berth.product": product},
         }
     return nodes
+
+
+def slot_fields(ports: NodePorts) -> dict[str, int]:
+    """What of a slot's NodeConfig is ports."""
+    own = ("dashboard_agent_port", "metrics_port", "node_port_base", "node_port_count")
+    return {name: getattr(ports, name) for name in own}
 
 
 def digest(node: Mapping[str, Any]) -> str:
@@ -116,7 +125,21 @@ def unit_digests(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def command(node: NodeConfig) -> list[str]:
-    """``ray start --block`` with everything that keeps nodes of one host apart (Ray 2.60)."""
+    """``ray start --block`` with everything that keeps nodes of one host apart (Ray 2.60).
+
+    Raises:
+        BerthError: the node's block of ports is out of range, or too small for its CPUs.
+    """
+    ports = node_ports(node)
+    uses(ports)
+    first, last = ports.workers
+    if last - first + 1 < node.num_cpus:
+        # Ray keeps a worker per CPU ready; one without a port never starts.
+        raise BerthError(
+            f"{node.name} has fewer ports for workers than CPUs",
+            found=f"{last - first + 1} ports ({first}-{last}), {node.num_cpus:g} CPUs",
+            mend="raise ray_slot_node_port_count or lower ray_slot_num_cpus",
+        )
     common = [
         node.ray,
         "start",
@@ -127,6 +150,12 @@ def command(node: NodeConfig) -> list[str]:
         f"--temp-dir={node.temp_dir}",
         f"--dashboard-agent-listen-port={node.dashboard_agent_port}",
         f"--metrics-export-port={node.metrics_port}",
+        f"--node-manager-port={ports.node_manager}",
+        f"--object-manager-port={ports.object_manager}",
+        f"--runtime-env-agent-port={ports.runtime_env_agent}",
+        f"--dashboard-agent-grpc-port={ports.agent_grpc}",
+        f"--min-worker-port={first}",
+        f"--max-worker-port={last}",
         f"--num-cpus={node.num_cpus:g}",
         f"--num-gpus={len(node.gpu_uuids)}",
         f"--memory={node.memory_bytes}",
@@ -177,6 +206,21 @@ def environment(node: NodeConfig, gpu_indices: tuple[str, ...]) -> dict[str, str
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if node.tls_dir:
+        # Read by every process when it starts; gRPC only: docs/security.md.
+        ours |= {
+            "RAY_USE_TLS": "1",
+            "RAY_TLS_SERVER_CERT": f"{node.tls_dir}/node.crt",
+            "RAY_TLS_SERVER_KEY": f"{node.tls_dir}/node.key",
+            "RAY_TLS_CA_CERT": f"{node.tls_dir}/ca.crt",
+        }
+    if node.kind == "head":
+        # No options of ray start: else 44217 and 44227, on every interface.
+        ports = node_ports(node)
+        ours |= {
+            "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
+            "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
+        }
     if node.kind == "slot":
         ours |= {"BERTH_SLOT": node.name, "BERTH_GPU_UUIDS": ",".join(node.gpu_uuids)}
     if node.gcs_storage_dir:

@@ -49,6 +49,8 @@ class Cluster:
             "serve_apps_http_port": self.port_base + 5,
             "ray_slot_dashboard_agent_port_base": self.port_base + 20,
             "ray_slot_metrics_port_base": self.port_base + 40,
+            "ray_head_node_port_base": self.port_base + 100,
+            "ray_slot_node_port_base": self.port_base + 200,
             **self.extra,
         }
 

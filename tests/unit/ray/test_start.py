@@ -26,6 +26,8 @@ HEAD = NodeConfig(
     token_file="/etc/berth/token",
     dashboard_agent_port=52690,
     metrics_port=52790,
+    node_port_base=12000,
+    node_port_count=100,
     num_cpus=0,
     memory_bytes=2**30,
     object_store_bytes=2**27,
@@ -43,6 +45,8 @@ SLOT = NodeConfig(
     token_file="/etc/berth/token",
     dashboard_agent_port=52700,
     metrics_port=52800,
+    node_port_base=12100,
+    node_port_count=100,
     num_cpus=4,
     memory_bytes=2**33,
     object_store_bytes=2**28,
@@ -73,6 +77,12 @@ def test_a_slots_command() -> None:
         "--temp-dir": "/run/berth/gpu01-0",
         "--dashboard-agent-listen-port": "52700",
         "--metrics-export-port": "52800",
+        "--node-manager-port": "12100",
+        "--object-manager-port": "12101",
+        "--runtime-env-agent-port": "12102",
+        "--dashboard-agent-grpc-port": "12103",
+        "--min-worker-port": "12108",
+        "--max-worker-port": "12199",
         "--num-cpus": "4",
         "--num-gpus": "1",
         "--memory": str(2**33),
@@ -174,6 +184,22 @@ def test_the_environment_keeps_the_units_own_and_lets_nothing_override_the_gpus(
     env = environment(replace(SLOT, env={"CUDA_VISIBLE_DEVICES": "0"}), ("2", "5"))
     assert env["OF_THE_UNIT"] == "1"
     assert env["CUDA_VISIBLE_DEVICES"] == "2,5"
+
+
+def test_a_node_with_certificates_speaks_tls() -> None:
+    env = environment(replace(SLOT, tls_dir="/etc/berth/tls"), ())
+    assert {key: value for key, value in env.items() if "TLS" in key} == {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": "/etc/berth/tls/node.crt",
+        "RAY_TLS_SERVER_KEY": "/etc/berth/tls/node.key",
+        "RAY_TLS_CA_CERT": "/etc/berth/tls/ca.crt",
+    }
+    assert not [key for key in environment(SLOT, ()) if "TLS" in key]
+
+
+def test_a_slot_with_more_cpus_than_ports_is_refused() -> None:
+    with pytest.raises(BerthError, match=r"fewer ports for workers than CPUs.*92 ports.*ray_slot_node_port_count"):
+        command(replace(SLOT, num_cpus=93))
 
 
 @pytest.mark.parametrize("node", [HEAD, SLOT], ids=["head", "slot"])
