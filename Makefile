@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 PLAYBOOK := $(BIN)/ansible-playbook
 
-.PHONY: help setup up down verify status test lint unit e2e clean
+.PHONY: help setup up down verify preflight status test lint unit e2e docs clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -19,6 +19,9 @@ up: setup ## The main job: place, serve and prove on this machine (STRATEGY=pack
 
 verify: setup ## Compare plan, Ray and driver
 	@$(PLAYBOOK) playbooks/verify.yml $(ARGS)
+
+preflight: setup ## What would fail later, all in one list; changes nothing
+	@$(PLAYBOOK) playbooks/preflight.yml $(ARGS)
 
 down: setup ## Stop exactly what `make up` started
 	@$(PLAYBOOK) playbooks/teardown.yml $(ARGS)
@@ -40,6 +43,9 @@ unit: setup ## Unit and property tests (a minute)
 e2e: setup ## The main job on real Ray and the real engine, then the unit tests that need Ray (minutes)
 	@$(BIN)/pytest tests/e2e -v --durations=12 $(ARGS)
 	@$(BIN)/pytest tests/unit -m runtime $(ARGS)
+
+docs: setup ## docs/VARIABLES.md from the roles' argument specs
+	@$(BIN)/python -m berth.report.variables
 
 clean: down ## Also remove everything that was installed
 	@rm -rf .venv .berth

@@ -13,8 +13,8 @@ short_description: Read what a fresh host has, before Berth's agent is there
 description:
   - Reads system, memory, limits, file systems, clock, addresses, listeners, the NVIDIA driver and which peers answer.
   - Needs Python 3.9 and nothing else on the host. Changes nothing; peers see TCP connections that end at once.
-  - An action plugin of this name notes the controller's clock around the call. Where no module can run, it reads the
-    system's name with a shell command.
+  - An action plugin of this name notes the controller's clock around the call. It does not fail where the host cannot
+    be reached or no module can run there; it says why in RV(why_not), with the system's name read by a shell command.
 options:
   ask:
     description: What to look at, as M(preflight_inventory) returns it for the host.
@@ -79,6 +79,26 @@ preflight:
   type: dict
   returned: success
   sample: {hostname: gpu01, kernel: 6.1.0, memory_mib: 257000, nofile_hard: 1048576}
+why_not:
+  description: Why the host could not be looked at.
+  type: str
+  returned: when there is no RV(preflight)
+  sample: "Failed to connect to the host via ssh: Connection timed out"
+os_release:
+  description: /etc/os-release, where a shell works and a module does not.
+  type: str
+  returned: when there is no RV(preflight)
+  sample: ID=rocky
+before:
+  description: The controller's clock before the call, in seconds since the epoch.
+  type: float
+  returned: when the host could be reached
+  sample: 1795271234.5
+after:
+  description: The controller's clock after it.
+  type: float
+  returned: when the host could be reached
+  sample: 1795271235.1
 """
 
 import ctypes  # noqa: E402 - Ansible's documentation comes first
@@ -268,7 +288,7 @@ def _own_address(address):
         except OSError:
             here = False
     interface = _interface(where[0]) if here else ""
-    mtu = _text("/sys/class/net/{}/mtu".format(interface)) if interface else ""
+    mtu = _text(f"/sys/class/net/{interface}/mtu") if interface else ""
     return {"ip": where[0], "here": here, "interface": interface, "mtu": int(mtu) if mtu else None}
 
 
@@ -370,20 +390,20 @@ def _owners(inodes):
 def _listener(port, pid):
     if pid is None:
         return {"port": port, "pid": None, "command": None, "cluster": None}
-    command = _text("/proc/{}/cmdline".format(pid)).replace("\0", " ").strip()[:120]
+    command = _text(f"/proc/{pid}/cmdline").replace("\0", " ").strip()[:120]
     return {"port": port, "pid": pid, "command": command, "cluster": _cluster_of(pid)}
 
 
 def _cluster_of(pid):
     try:
-        with open("/proc/{}/environ".format(pid), "rb") as file:
+        with open(f"/proc/{pid}/environ", "rb") as file:
             raw = file.read()
         for item in raw.split(b"\0"):
             if item.startswith(CLUSTER_VARIABLE):
                 return item[len(CLUSTER_VARIABLE) :].decode(errors="replace")
         if b"=" in raw.split(b"\0", 1)[0]:
             return None
-        with open("/proc/{}/cwd/{}".format(pid, MARK_FILE), encoding="utf-8") as file:
+        with open(f"/proc/{pid}/cwd/{MARK_FILE}", encoding="utf-8") as file:
             return json.load(file)["cluster"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

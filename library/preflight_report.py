@@ -63,9 +63,9 @@ problems:
     - kind: disk
       severity: error
       objects: [gpu01]
-      what: /var/lib/berth has 900 MiB free, the runtime needs 6144 (preflight_disk_mib)
+      what: /var/lib/berth has 900 MiB free, the runtime needs 6144
       found: 900 MiB on /
-      allowed: 6144 MiB
+      allowed: 6144 MiB (preflight_disk_mib)
       mend: make room, or set berth_state_dir elsewhere
 errors:
   description: How many of them are errors.

@@ -61,11 +61,7 @@ def expectation(inventory: Inventory, host: InventoryHost) -> Expectation:
         named_gpus={
             name: tuple(str(key) for key in keys if str(key).startswith("GPU-")) for name, keys in named.items()
         },
-        ports={
-            name: port
-            for name, port in single_ports(numbers, head=head, slots=slots).items()
-            if 0 < port < 65536
-        },
+        ports={name: port for name, port in single_ports(numbers, head=head, slots=slots).items() if 0 < port < 65536},
     )
 
 

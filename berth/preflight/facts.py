@@ -88,7 +88,7 @@ class NvidiaGpu:
 
 @dataclass(frozen=True)
 class Nvidia:
-    """The loaded driver ("" for none) and its GPUs as /proc shows them; ``on_pci`` counts cards without a driver, too."""
+    """The loaded driver ("" for none) and its GPUs as /proc shows them; ``on_pci`` counts cards on the bus."""
 
     driver: str = ""
     gpus: tuple[NvidiaGpu, ...] = ()

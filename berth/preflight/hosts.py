@@ -240,9 +240,9 @@ def _disks(facts: HostFacts, wanted: Expectation) -> Iterator[Problem]:
             "disk",
             "error",
             (wanted.host,),
-            f"{wanted.state_dir} has {state.free_mib} MiB free, the runtime needs {wanted.disk_mib} (preflight_disk_mib)",
+            f"{wanted.state_dir} has {state.free_mib} MiB free, the runtime needs {wanted.disk_mib}",
             f"{state.free_mib} MiB on {state.mount}",
-            f"{wanted.disk_mib} MiB",
+            f"{wanted.disk_mib} MiB (preflight_disk_mib)",
             "make room, or set berth_state_dir elsewhere",
         )
     for path, variable in (
@@ -271,7 +271,7 @@ def _file_system(wanted: Expectation, path: str, variable: str, found: FileSyste
             "rw",
             f"remount it{elsewhere}",
         )
-    # Environments and compiled kernels are shared libraries: a file system that maps nothing executable cannot load one.
+    # Environments and compiled kernels are shared libraries, which must be mapped executable.
     if "noexec" in found.options and path in (wanted.state_dir, wanted.cache_dir):
         yield Problem(
             "noexec",
@@ -371,7 +371,9 @@ def _files(facts: HostFacts, wanted: Expectation) -> Iterator[Problem]:
             f"{where} is too low for Ray's connections",
             str(limit),
             f"{wanted.nofile} (preflight_nofile)",
-            "sysctl -w fs.nr_open=1048576" if wanted.systemd else "raise nofile in /etc/security/limits.conf and log in anew",
+            "sysctl -w fs.nr_open=1048576"
+            if wanted.systemd
+            else "raise nofile in /etc/security/limits.conf and log in anew",
         )
 
 

@@ -186,9 +186,8 @@ def _groups(inventory: Inventory) -> Iterator[Problem]:
 def _options(inventory: Inventory) -> Iterator[Problem]:
     for host in inventory.hosts:
         for name, why in host.unresolved:
-            yield Problem(
-                "option", "error", (host.name,), f"{name} cannot be resolved", why, "", f"set what it refers to, or {name}"
-            )
+            mend = f"set what it refers to, or {name}"
+            yield Problem("option", "error", (host.name,), f"{name} cannot be resolved", why, "", mend)
         for text in host.wrong:
             # Told better below, with the command that mends it.
             if "placement_strategy" in text:
@@ -255,7 +254,9 @@ def _cluster_wide(inventory: Inventory) -> Iterator[Problem]:
                 seen.setdefault(json.dumps(host.values[name], sort_keys=True, default=str), []).append(host.name)
         if len(seen) > 1:
             # A list of apps is too long to show; which hosts differ is what helps.
-            brief = [f"{', '.join(hosts)}: {value if len(value) < 60 else 'another one'}" for value, hosts in seen.items()]
+            brief = [
+                f"{', '.join(hosts)}: {value if len(value) < 60 else 'another one'}" for value, hosts in seen.items()
+            ]
             yield Problem(
                 "cluster_wide",
                 "error",

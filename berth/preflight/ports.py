@@ -15,7 +15,7 @@ WORKER_PORTS = range(10002, 20000)
 to start when one of its own components is told to use one."""
 
 SLOTS_ROOM = 16
-"""Slots of a host that must find a port after each base: two more than any machine has GPUs, as lost ones keep theirs."""
+"""Slots of a host that must find a port after each base: more than a machine has GPUs, as lost ones keep theirs."""
 
 HEAD = (
     "ray_head_gcs_port",

@@ -58,8 +58,7 @@ def read_answer(raw: Mapping[str, Any], host: str) -> Answer:
     if isinstance(facts, dict):
         read = load(HostFacts, facts, f"facts of {host}")
         return Answer(read, before=float(raw.get("before", 0)), after=float(raw.get("after", 0)))
-    why = " ".join(str(raw[key]) for key in ("msg", "module_stderr") if raw.get(key))
-    return Answer(failed=why, os=os_release(str(raw.get("os_release", ""))))
+    return Answer(failed=str(raw.get("why_not", "")), os=os_release(str(raw.get("os_release", ""))))
 
 
 def os_release(text: str) -> OsRelease:
