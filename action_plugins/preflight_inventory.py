@@ -67,7 +67,7 @@ class ActionModule(ActionBase):
             "hostvars": task_vars["hostvars"],
         }
         templar = self._templar.copy_with_new_env(available_variables=variables)
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"ansible_port": own.get("ansible_port")}
         unresolved = []
         for option in [*(option.name for role in roles for option in role.options), *NEEDED]:
             try:

@@ -7,6 +7,7 @@ from berth.preflight.inventory import Inventory, InventoryHost, node_address
 from berth.preflight.ports import HEAD, WORKER_PORTS, single_ports
 
 SSH_PORT = 22
+TCP = range(1, 65536)
 SHARED_MEMORY, TEMPORARY = "/dev/shm", "/tmp"
 REPLY_PORT = WORKER_PORTS[0]
 """Stands for the ports that Ray gives to workers; nobody need listen there: a refusal is an answer."""
@@ -61,7 +62,7 @@ def expectation(inventory: Inventory, host: InventoryHost) -> Expectation:
         named_gpus={
             name: tuple(str(key) for key in keys if str(key).startswith("GPU-")) for name, keys in named.items()
         },
-        ports={name: port for name, port in single_ports(numbers, head=head, slots=slots).items() if 0 < port < 65536},
+        ports={name: port for name, port in single_ports(numbers, head=head, slots=slots).items() if port in TCP},
     )
 
 
@@ -77,11 +78,9 @@ def _peers(inventory: Inventory, host: InventoryHost) -> tuple[Peer, ...]:
         if other.name == host.name:
             continue
         head = other.name in inventory.groups.get("ray_head", ())
-        ports = {other.number("ansible_port") or SSH_PORT, REPLY_PORT}
-        if head:
-            ports.add(other.number(HEAD[0]) or REPLY_PORT)
+        ports = {other.number("ansible_port") or SSH_PORT, REPLY_PORT, (other.number(HEAD[0]) or 0) if head else 0}
         for address in _addresses(inventory, other):
-            found.append(Peer(other.name, address, tuple(sorted(ports))))
+            found.append(Peer(other.name, address, tuple(sorted(port for port in ports if port in TCP))))
     return tuple(found)
 
 

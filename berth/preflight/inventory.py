@@ -184,13 +184,14 @@ def _groups(inventory: Inventory) -> Iterator[Problem]:
 
 
 def _options(inventory: Inventory) -> Iterator[Problem]:
+    apps = any(True for _ in _apps(inventory))
     for host in inventory.hosts:
         for name, why in host.unresolved:
             mend = f"set what it refers to, or {name}"
             yield Problem("option", "error", (host.name,), f"{name} cannot be resolved", why, "", mend)
         for text in host.wrong:
-            # Told better below, with the command that mends it.
-            if "placement_strategy" in text:
+            # Told better below, with the entry or the command that mends it.
+            if "placement_strategy" in text or (apps and "serve_apps_list" in text):
                 continue
             yield Problem(
                 "option",

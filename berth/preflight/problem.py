@@ -9,6 +9,8 @@ from typing import Literal
 
 Severity = Literal["error", "warning"]
 WIDTH = 110
+NO_HOSTS = ("controller", "inventory")
+"""Objects that are no host: told first, since every host may follow from them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ def arrange(problems: Iterable[Problem], accept: Collection[str] = ()) -> tuple[
         severity: Severity = "warning" if item.kind in accept else item.severity
         merged.setdefault(replace(item, objects=(), severity=severity), set()).update(item.objects)
     whole = [replace(item, objects=tuple(sorted(objects))) for item, objects in merged.items()]
-    return tuple(sorted(whole, key=lambda item: (item.severity, item.objects, item.kind, item.what, item.found)))
+    return tuple(sorted(whole, key=_order))
+
+
+def _order(item: Problem) -> tuple[object, ...]:
+    of_hosts = not set(item.objects) & set(NO_HOSTS)
+    return (item.severity, of_hosts, item.objects, item.kind, item.what, item.found)
 
 
 def headline(problems: Sequence[Problem]) -> str:

@@ -1,4 +1,4 @@
-"""Every variable of every role as one document, from the roles' argument specs: ``python -m berth.report.variables``."""
+"""Every variable of every role as one document, from the argument specs: ``python -m berth.report.variables``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ DOCUMENT = Path("docs/VARIABLES.md")
 HEAD = """\
 # Variables
 
-Every variable that an inventory may set, by role. Set them in `group_vars` of the group `berth` (or `all`), in `host_vars`
-where hosts differ, or with `-e` for one run. A name that no role takes is refused with the one that was probably meant:
-`ansible-playbook playbooks/preflight.yml` looks at the whole inventory and changes nothing.
+Every variable that an inventory may set, by role. Set them in `group_vars` of the group `berth` (or `all`), in
+`host_vars` where hosts differ, or with `-e` for one run. A name that no role takes is refused with the one that was
+probably meant: `ansible-playbook playbooks/preflight.yml` looks at the whole inventory and changes nothing.
 
 Made from `roles/*/meta/argument_specs.yml` by `make docs`; a test compares both. In a default, `{{ … }}` is Ansible's
 template: it follows the variables that it names. Memory is in MiB, times in seconds where the name ends in `_s`.
