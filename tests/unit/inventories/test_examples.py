@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[3]
 BIN = Path(sys.executable).parent
 CLOUD = ROOT / "inventories/cloud"
 AWS = {
-    "instance_id": "i-0abc",
-    "instance_type": "g6.12xlarge",
-    "private_ip_address": "10.1.0.21",
-    "private_dns_name": "ip-10-1-0-21.internal",
-    "placement": {"availability_zone": "eu-central-1a", "partition_number": 2},
-    "tags": [{"Key": "Name", "Value": "gpu01"}, {"Key": "berth_role", "Value": "gpu"}],
+    "InstanceId": "i-0abc",
+    "InstanceType": "g6.12xlarge",
+    "PrivateIpAddress": "10.1.0.21",
+    "PrivateDnsName": "ip-10-1-0-21.internal",
+    "Placement": {"AvailabilityZone": "eu-central-1a", "PartitionNumber": 2},
+    "Tags": [{"Key": "Name", "Value": "gpu01"}, {"Key": "berth_role", "Value": "gpu"}],
 }
-"""The part of what DescribeInstances says that the file uses, in the plugin's spelling."""
+"""The part of what DescribeInstances says that the file uses."""
 GCP = {
     "name": "gpu01",
     "selfLink": "https://www.googleapis.com/compute/v1/projects/my-project/zones/europe-west4-a/instances/gpu01",
@@ -117,7 +117,7 @@ def test_aws_without_partitions_has_no_racks() -> None:
     found = plugin("amazon.aws.aws_ec2", CLOUD / "aws_ec2.yml")
     found.inventory.add_group("aws_ec2")
     tags = [{"Key": "Name", "Value": "head01"}, {"Key": "berth_role", "Value": "head"}]
-    plain = {**AWS, "placement": {"availability_zone": "eu-central-1b"}, "tags": tags}
+    plain = {**AWS, "Placement": {"AvailabilityZone": "eu-central-1b"}, "Tags": tags}
     found._add_hosts([plain], "aws_ec2", found.get_option("hostnames"), hostvars_prefix="aws_")
     assert found.inventory.hosts["head01"].get_vars()["placement_rack"] == ""
     assert groups_of(found, "head01") == {"aws_ec2", "ray_head", "type_g6_12xlarge"}

@@ -89,10 +89,10 @@ def test_interpreters_commands_and_paths(module: ModuleType) -> None:
 
 
 def test_addresses(module: ModuleType) -> None:
-    found = module.look(ask(addresses=["127.0.0.1", "192.0.2.1", "no-such-host.invalid"]))["addresses"]
+    found = module.look(ask(addresses=["127.0.0.1", "203.0.113.1", "no-such-host.invalid"]))["addresses"]
     assert (found["127.0.0.1"]["here"], found["127.0.0.1"]["interface"]) == (True, "lo")
     assert found["127.0.0.1"]["mtu"] == int(Path("/sys/class/net/lo/mtu").read_text())
-    assert (found["192.0.2.1"]["here"], found["192.0.2.1"]["mtu"]) == (False, None)
+    assert (found["203.0.113.1"]["here"], found["203.0.113.1"]["mtu"]) == (False, None)
     assert found["no-such-host.invalid"]["ip"] == ""
 
 

@@ -89,7 +89,7 @@ SPOILED_HOSTS = {
         "placement_host_name": "gpu",
         "placement_slot_shapes": [["GPU-a", "GPU-b"], ["GPU-a", 3]],
         "ray_head_client_port": 10500,
-        "ray_slot_node_ip": "192.0.2.1",
+        "ray_slot_node_ip": "203.0.113.1",
     },
     "gpu02": {
         "placement_host_name": "gpu",
@@ -120,7 +120,7 @@ FAULTS = [
     "ERROR controller: ray_head_token_source is empty",
     "has mode 0644",
     # Of the hosts themselves, in the same list.
-    "ERROR gpu01: its node address 192.0.2.1 is on none of its interfaces",
+    "ERROR gpu01: its node address 203.0.113.1 is on none of its interfaces",
     "ERROR gpu02: berth_agent_base_python does not run found no-such-python: not there",
     "two inventory names for one machine",
     "it lacks no-such-compiler",
