@@ -7,7 +7,8 @@ ARGS ?=
 BIN := .venv/bin
 PLAYBOOK := $(BIN)/ansible-playbook
 
-.PHONY: help setup up down verify status test lint unit e2e molecule lab-engine lab-up lab-down lab-ssh clean
+.PHONY: help setup up down verify preflight status test lint unit e2e docs molecule lab-engine lab-up lab-down lab-ssh \
+	wheelhouse clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -21,6 +22,9 @@ up: setup ## The main job: place, serve and prove on this machine (STRATEGY=pack
 
 verify: setup ## Compare plan, Ray and driver
 	@$(PLAYBOOK) playbooks/verify.yml $(ARGS)
+
+preflight: setup ## What would fail later, all in one list; changes nothing
+	@$(PLAYBOOK) playbooks/preflight.yml $(ARGS)
 
 down: setup ## Stop exactly what `make up` started
 	@$(PLAYBOOK) playbooks/teardown.yml $(ARGS)
@@ -58,6 +62,9 @@ lab-ssh: ## A shell on a lab host: HOST=gpu01
 wheelhouse: setup ## The wheels that the lab's hosts install from, once
 	@mkdir -p .berth/wheelhouse
 	@$(BIN)/pip download -qq --no-deps -d .berth/wheelhouse -r roles/berth_agent/files/agent.txt -r roles/ray_runtime/files/runtime-light.txt
+
+docs: setup ## docs/VARIABLES.md from the roles' argument specs
+	@$(BIN)/python -m berth.report.variables
 
 clean: down ## Also remove everything that was installed
 	@rm -rf .venv .berth

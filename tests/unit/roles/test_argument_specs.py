@@ -12,6 +12,7 @@ import yaml
 
 from berth.plan.apps import AppSpec, Engine
 from berth.plan.types import STRATEGIES
+from berth.preflight.options import read_roles
 
 ROOT = Path(__file__).resolve().parents[3]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
@@ -100,16 +101,10 @@ def _tasks(node: object) -> list[dict[str, Any]]:
     return []
 
 
-def test_preflight_checks_every_option_of_every_role() -> None:
-    checked = {(item["role"], item["entry"]) for item in _preflight()}
-    assert {role for role, _ in checked} == set(ROLES)
-    for role, entry in checked:
-        assert set(options(role)) == set(entries(role)[entry].get("options", {}))
-
-
-def _preflight() -> list[dict[str, str]]:
-    found: list[dict[str, str]] = read(ROOT / "roles/preflight/vars/main.yml")["_preflight_roles"]
-    return found
+def test_preflight_reads_every_option_of_every_role() -> None:
+    read_by_preflight = {role.name: {option.name for option in role.options} for role in read_roles(ROOT)}
+    assert read_by_preflight == {role: set(options(role)) for role in ROLES}
+    assert {role.name: role.spec for role in read_roles(ROOT)} == {role: options(role) for role in ROLES}
 
 
 def test_the_app_list_is_the_one_that_berth_reads() -> None:

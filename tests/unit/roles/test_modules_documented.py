@@ -14,7 +14,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[3]
 MODULES = sorted((ROOT / "library").glob("*.py"), key=lambda path: path.stem)
 FACTS = ("type", "required", "default", "choices", "elements")
-PLUGIN_ONLY = {"show_text": {"text": {"type": "raw", "required": True}}}
+PLUGIN_ONLY = {
+    "show_text": {"text": {"type": "raw", "required": True}},
+    "preflight_inventory": {"group": {"type": "str", "default": "berth"}},
+}
 """Modules that are only an action plugin; the options it reads."""
 
 
