@@ -8,9 +8,22 @@ from typing import Any
 from fastapi import HTTPException
 from pydantic import BaseModel, Field
 from ray import serve
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse, ModelCard, ScoreRequest
-from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, OpenAiIngress, make_fastapi_ingress
 from starlette.responses import JSONResponse
+
+from berth.engines.light_protocol import stand_in
+
+stand_in()  # Before ray.llm, which looks for an engine's models when it is imported.
+
+from ray.llm._internal.serve.core.configs.openai_api_models import (  # noqa: E402
+    ErrorResponse,
+    ModelCard,
+    ScoreRequest,
+)
+from ray.llm._internal.serve.core.ingress.ingress import (  # noqa: E402
+    DEFAULT_ENDPOINTS,
+    OpenAiIngress,
+    make_fastapi_ingress,
+)
 
 RETRY_AFTER_S = 5
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from berth.engines.light_protocol import stand_in
 from berth.errors import BerthError
 from berth.gpu.sim import allocator
 
@@ -24,6 +25,7 @@ class LightServer:
         # The first request brings vLLM's classes with it, and their import would close Serve's log
         # (berth.engines.log_handlers); without an engine there is nothing of vLLM's to log.
         os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
+        stand_in()
         self._model = str(config["model"])
         self._gpus = int(config["gpus"])
         self._args = dict(config["engine_args"])
