@@ -5,7 +5,13 @@ ARGS ?=
 BIN := .venv/bin
 PLAYBOOK := $(BIN)/ansible-playbook
 
-.PHONY: help setup up down verify status test lint unit e2e clean
+# What `make wheelhouse` fetches, and for which Python and platform (empty: this machine's).
+LOCKS ?= agent.txt runtime-light.txt
+WHEELHOUSE ?= .berth/wheelhouse
+HOST_PYTHON ?=
+HOST_PLATFORM ?=
+
+.PHONY: help setup up down verify status test lint unit e2e wheelhouse clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -40,6 +46,10 @@ unit: setup ## Unit and property tests (a minute)
 e2e: setup ## The main job on real Ray and the real engine, then the unit tests that need Ray (minutes)
 	@$(BIN)/pytest tests/e2e -v --durations=12 $(ARGS)
 	@$(BIN)/pytest tests/unit -m runtime $(ARGS)
+
+wheelhouse: setup ## Wheels of the locks in .berth/wheelhouse, for hosts without a package index (LOCKS="agent.txt runtime-gpu.txt" HOST_PYTHON=3.12)
+	@$(BIN)/python -m berth.host.wheelhouse $(WHEELHOUSE) $(foreach lock,$(LOCKS),$(wildcard roles/*/files/$(lock))) \
+	  $(if $(HOST_PYTHON),--python $(HOST_PYTHON)) $(foreach tag,$(HOST_PLATFORM),--platform $(tag)) $(ARGS)
 
 clean: down ## Also remove everything that was installed
 	@rm -rf .venv .berth
