@@ -48,7 +48,7 @@ e2e: setup ## The main job on real Ray and the real engine, then the unit tests 
 	@$(BIN)/pytest tests/unit -m runtime $(ARGS)
 
 wheelhouse: setup ## Wheels of the locks in .berth/wheelhouse, for hosts without a package index (LOCKS="agent.txt runtime-gpu.txt" HOST_PYTHON=3.12)
-	@$(BIN)/python -m berth.host.wheelhouse $(WHEELHOUSE) $(foreach lock,$(LOCKS),$(wildcard roles/*/files/$(lock))) \
+	@$(BIN)/python -m berth.host.wheelhouse $(WHEELHOUSE) $(foreach lock,$(LOCKS),$(or $(wildcard roles/*/files/$(lock)),$(lock))) \
 	  $(if $(HOST_PYTHON),--python $(HOST_PYTHON)) $(foreach tag,$(HOST_PLATFORM),--platform $(tag)) $(ARGS)
 
 clean: down ## Also remove everything that was installed

@@ -1,8 +1,8 @@
 """Virtual environments side by side: what is in one, whether two are the same, and which are no longer needed.
 
 What is in one is asked of the files that pip leaves (``*.dist-info/RECORD``, PEP 376 and 627), which name every
-installed file with its hash and size. So a scan reads some hundred small files and asks for the size of the rest, and an
-environment of 3 GB is told apart from another without reading it.
+installed file with its hash and size. So a scan reads some hundred small files and asks for the size of the rest, and
+an environment of 3 GB is told apart from another without reading it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -131,7 +132,7 @@ def _broken(site: Path, rows: Iterable[tuple[str, str, str]]) -> str:
 
 
 def _python(path: Path) -> str:
-    """``X.Y`` of the interpreter it was made from: the patch level may differ between hosts, the packages do not care."""
+    """``X.Y`` of the interpreter it was made from: packages do not care for the patch level."""
     try:
         text = (path / "pyvenv.cfg").read_text(encoding="utf-8")
     except OSError:
@@ -214,57 +215,51 @@ def _same_version(installed: str, locked: str) -> bool:
     return re.sub(r"[-_+]", "-", installed) == re.sub(r"[-_+]", "-", locked)
 
 
-def differences(hosts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How the environments of a cluster's hosts differ, one line per difference, for people.
+@dataclass(frozen=True)
+class Difference:
+    """One package (or ``Python``) that a host has otherwise than the other hosts; "" is none at all."""
 
-    ``hosts``: host -> ``version`` (of the lock), ``python`` and ``packages`` (name -> version and content), as
+    host: str
+    what: str
+    found: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return f"{self.host}: {self.what} {self.found or 'missing'}, the other hosts have {self.wanted or 'none'}"
+
+
+def differences(hosts: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
+    """How the environments of a cluster's hosts differ, by host and package.
+
+    ``hosts``: host -> ``version`` (of its lock), ``python`` and ``packages`` (name -> version and content), as
     python_environment_info returns them. Hosts of one lock must be equal in everything; hosts of two locks (a head
     without an engine beside GPU hosts) in Python's minor version and in Ray, which refuse to talk otherwise. What most
     hosts have is taken for right; a tie goes to the host that comes first by name.
     """
-    lines = []
-    for what, values in (
-        ("Python", {host: str(data["python"]) for host, data in hosts.items()}),
-        ("ray", {host: _version(data["packages"].get("ray")) for host, data in hosts.items()}),
-    ):
-        right = _most(values)
-        lines += [
-            f"{host}: {what} {value or 'missing'}, the other hosts have {right}"
-            for host, value in sorted(values.items())
-            if value != right
-        ]
+    found = _unlike("Python", {host: str(data["python"]) for host, data in hosts.items()})
+    found += _unlike("ray", {host: _text(data["packages"].get("ray"), False) for host, data in hosts.items()})
     for version in sorted({str(data["version"]) for data in hosts.values()}):
         same = {host: data["packages"] for host, data in hosts.items() if str(data["version"]) == version}
-        for name in sorted({name for packages in same.values() for name in packages} - {"ray"}):
-            values = {host: _text(packages.get(name)) for host, packages in same.items()}
-            right = _most(values)
-            lines += [
-                f"{host}: {name} {_told(value, right)}" for host, value in sorted(values.items()) if value != right
-            ]
-    return lines
+        for name in sorted({name for packages in same.values() for name in packages} - {"ray", OWN}):
+            versions = {_text(packages.get(name), False) for packages in same.values()}
+            # The build is named only where the version does not tell them apart.
+            build = len(versions) == 1
+            found += _unlike(name, {host: _text(packages.get(name), build) for host, packages in same.items()})
+    return sorted(found, key=lambda item: (item.host, item.what))
 
 
-def _version(package: Mapping[str, str] | None) -> str:
-    return str(package["version"]) if package else ""
+def _text(package: Mapping[str, str] | None, build: bool) -> str:
+    if not package:
+        return ""
+    return f"{package['version']} (build {package['content']})" if build else str(package["version"])
 
 
-def _text(package: Mapping[str, str] | None) -> str:
-    return f"{package['version']} ({package['content']})" if package else ""
-
-
-def _told(value: str, right: str) -> str:
-    if not right:
-        return f"{value.split(' ')[0]} is installed, the other hosts have none"
-    if not value:
-        return f"is missing, the other hosts have {right.split(' ')[0]}"
-    if value.split(" ")[0] == right.split(" ")[0]:
-        return f"{value} is another build than the other hosts' {right.split(' ')[1]}"
-    return f"{value.split(' ')[0]}, the other hosts have {right.split(' ')[0]}"
-
-
-def _most(values: Mapping[str, str]) -> str:
+def _unlike(what: str, values: Mapping[str, str]) -> list[Difference]:
+    if len(set(values.values())) < 2:
+        return []
     counts = Counter(values.values())
-    return min(values.items(), key=lambda item: (-counts[item[1]], item[0]))[1]
+    right = min(values.items(), key=lambda item: (-counts[item[1]], item[0]))[1]
+    return [Difference(host, what, value, right) for host, value in sorted(values.items()) if value != right]
 
 
 @dataclass(frozen=True)
@@ -276,24 +271,26 @@ class Standing:
 
 
 def superfluous(
-    standing: Iterable[Standing], current: str, previous: str, keep: int, in_use: Iterable[str]
+    standing: Iterable[Standing], spared: Iterable[str], keep: int, in_use: Iterable[str]
 ) -> tuple[str, ...]:
-    """Names of the environments to remove, so that ``keep`` stay: the current one, the previous one, then the newest.
+    """Names of the environments to remove, so that ``keep`` stay: those spared, then the newest.
+
+    One that a process runs from stays as well, whatever ``keep`` is.
 
     Raises:
         BerthError: keep is less than 2, which would leave nothing to go back to.
     """
     if keep < 2:
         raise BerthError("too few environments are kept to go back to one", found=keep, allowed=">= 2")
-    spared = {name for name in (current, previous) if name}
+    first = {name for name in spared if name}
     others = sorted(
-        (item for item in standing if item.name not in spared), key=lambda item: (-item.completed_s, item.name)
+        (item for item in standing if item.name not in first), key=lambda item: (-item.completed_s, item.name)
     )
     busy = set(in_use)
-    return tuple(sorted(item.name for item in others[max(0, keep - len(spared)) :] if item.name not in busy))
+    return tuple(sorted(item.name for item in others[max(0, keep - len(first)) :] if item.name not in busy))
 
 
-def standing(root: Path) -> list[Standing]:
+def environments(root: Path) -> list[Standing]:
     """The environments below ``root``: directories named after a lock's hash. Links and anything else is not ours."""
     if not root.is_dir():
         return []
@@ -304,6 +301,18 @@ def standing(root: Path) -> list[Standing]:
     ]
 
 
+def linked(link: Path) -> str:
+    """The name of the complete environment that a link points to; "" where there is none."""
+    target = Path(os.readlink(link)) if link.is_symlink() else None
+    return target.name if target and (link.parent / target / COMPLETE).is_file() else ""
+
+
+def remove(path: Path) -> None:
+    """Remove an environment; the mark of its completeness first, so that a half removed one is not taken for one."""
+    (path / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
 def _mtime(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -312,10 +321,10 @@ def _mtime(path: Path) -> float:
 
 
 def used(root: Path, proc: Path = Path("/proc")) -> frozenset[str]:
-    """Names of the environments below ``root`` that a process runs from: its program, a library it has mapped, or a
-    path on its command line. Processes whose maps are not ours to read are told by their command line alone."""
+    """Names of the environments below ``root`` that a process runs from: a path of its command line, or a file that it
+    has mapped (its program, a library). Of processes whose maps are not ours to read, the command line alone."""
     prefix = str(root.resolve()).rstrip("/") + "/"
-    found = set()
+    found: set[str] = set()
     for process in proc.glob("[0-9]*"):
         for file in ("cmdline", "maps"):
             try:
@@ -324,3 +333,40 @@ def used(root: Path, proc: Path = Path("/proc")) -> frozenset[str]:
                 continue
             found.update(part.split("/", 1)[0] for part in text.split(prefix)[1:])
     return frozenset(name for name in found if _NAME.match(name))
+
+
+def rolled_back(pins: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """The pins after every host went back to its previous environment.
+
+    A pin says which environment stands in for a lock's own: lock version -> ``version`` and ``lock`` (the text of the
+    lock that it was made from, for hosts that come later). It holds as long as that lock is the one asked for; with
+    another lock it is passed over, so an upgrade needs no unpinning. ``hosts``: host -> ``lock_version``, ``current``,
+    ``previous`` and ``lock`` (text of the previous one's).
+
+    Raises:
+        BerthError: a host has nothing to go back to, or hosts of one lock would go to different environments.
+    """
+    none = sorted(host for host, data in hosts.items() if not data["previous"])
+    if none:
+        raise BerthError(
+            f"no complete previous environment on {', '.join(none)}",
+            mend="ansible-playbook site.yml -e ray_runtime_lock=FILE with the lock that ran before",
+        )
+    targets: dict[str, dict[str, list[str]]] = {}
+    for host, data in sorted(hosts.items()):
+        targets.setdefault(str(data["lock_version"]), {}).setdefault(str(data["previous"]), []).append(host)
+    for choices in targets.values():
+        if len(choices) > 1:
+            raise BerthError(
+                "the hosts would not go back to the same environment",
+                found="; ".join(f"{', '.join(names)}: {version}" for version, names in sorted(choices.items())),
+                mend="ansible-playbook site.yml -e ray_runtime_lock=FILE with the lock that ran before",
+            )
+    after = {name: dict(pin) for name, pin in pins.items()}
+    for data in hosts.values():
+        lock_version, previous = str(data["lock_version"]), str(data["previous"])
+        if previous == lock_version:
+            after.pop(lock_version, None)
+        else:
+            after[lock_version] = {"version": previous, "lock": str(data["lock"])}
+    return after

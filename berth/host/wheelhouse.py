@@ -27,7 +27,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Packed:
-    """One lock's wheels: the sha256 of the lock and of the tar, file name -> sha256 of each wheel."""
+    """One lock's wheels: the hashes of the lock (``text_hash``) and of the tar (sha256), file name -> sha256 of each wheel."""
 
     lock: str
     tar: str
@@ -69,7 +69,7 @@ def build(directory: Path, locks: Sequence[Path], target: Target, torch_index: s
         manifest = Manifest(str(target))
     lines = []
     for lock in locks:
-        digest = _sha256(lock)
+        digest = text_hash(lock.read_text(encoding="utf-8"))
         packed = manifest.locks.get(lock.name)
         if packed and packed.lock == digest and _is_there(directory, lock.name, packed):
             continue
@@ -85,6 +85,11 @@ def build(directory: Path, locks: Sequence[Path], target: Target, torch_index: s
         size = sum(file.stat().st_size for file in files)
         lines.append(f"{lock.name}: {len(files)} wheels, {size / 2**20:.0f} MiB, for Python {target}")
     return lines
+
+
+def text_hash(text: str) -> str:
+    """The sha256 of a lock's lines; its last newline does not count, since not every reader hands it on."""
+    return hashlib.sha256(text.rstrip("\n").encode()).hexdigest()
 
 
 def tar_name(lock: str) -> str:
@@ -187,8 +192,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def packed_lock(manifest: Mapping[str, object], lock: str, digest: str, source: str) -> Packed:
-    """The entry of one lock in a manifest, for a role that hands it out.
+def packed_lock(manifest: Mapping[str, object], lock: str, text: str, source: str) -> Packed:
+    """The entry of a lock, of that name and those lines, in a manifest: for a role that hands it out.
 
     Raises:
         BerthError: the wheelhouse was built from another lock of that name, or not for it.
@@ -200,7 +205,7 @@ def packed_lock(manifest: Mapping[str, object], lock: str, digest: str, source: 
         raise BerthError(
             f"the wheelhouse {source} lacks {lock}", found=", ".join(sorted(found)) or "nothing", mend=mend
         )
-    if packed.lock != digest:
+    if packed.lock != text_hash(text):
         raise BerthError(f"the wheelhouse {source} was built from another {lock}", found=packed.lock[:12], mend=mend)
     return packed
 
