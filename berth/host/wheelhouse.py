@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Packed:
-    """One lock's wheels: the hashes of the lock (``text_hash``) and of the tar (sha256), file name -> sha256 of each wheel."""
+    """One lock's wheels: hash of the lock (``text_hash``), sha256 of the tar, file name -> sha256 of each wheel."""
 
     lock: str
     tar: str
@@ -105,11 +105,22 @@ def read_manifest(directory: Path) -> Manifest | None:
     """
     path = directory / "manifest.json"
     try:
-        return load(Manifest, json.loads(path.read_text(encoding="utf-8")), str(path), mend=f"remove {directory}")
+        return parse_manifest(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         return None
+
+
+def parse_manifest(text: str, what: str) -> Manifest:
+    """A manifest from its JSON.
+
+    Raises:
+        BerthError: it is not one; ``what`` is how it is called there.
+    """
+    mend = f"remove {what} and build the wheelhouse again"
+    try:
+        return load(Manifest, json.loads(text), what, mend)
     except ValueError as error:
-        raise BerthError(f"{path} is not a manifest", found=error, mend=f"remove {directory}") from None
+        raise BerthError(f"{what} is not a manifest", found=error, mend=mend) from None
 
 
 def check(directory: Path) -> list[str]:
@@ -192,19 +203,20 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def packed_lock(manifest: Mapping[str, object], lock: str, text: str, source: str) -> Packed:
-    """The entry of a lock, of that name and those lines, in a manifest: for a role that hands it out.
+def packed_lock(manifest: str, lock: str, text: str, source: str) -> Packed:
+    """The entry of a lock, of that name and those lines, in a manifest (its JSON): for a role that hands it out.
 
     Raises:
-        BerthError: the wheelhouse was built from another lock of that name, or not for it.
+        BerthError: there is no wheelhouse, or it was built from another lock of that name, or not for it.
     """
-    found = load(Manifest, manifest, f"{source}/manifest.json", mend=f"remove {source}").locks
+    mend = f"make wheelhouse WHEELHOUSE={source} LOCKS={lock}, in this checkout"
+    if not manifest:
+        raise BerthError(f"there is no wheelhouse at {source} on the controller", mend=mend)
+    found = parse_manifest(manifest, f"{source}/manifest.json").locks
     packed = found.get(lock)
-    mend = f"make wheelhouse LOCKS={lock} (it must be built from this checkout's locks)"
     if packed is None:
-        raise BerthError(
-            f"the wheelhouse {source} lacks {lock}", found=", ".join(sorted(found)) or "nothing", mend=mend
-        )
+        held = ", ".join(sorted(found)) or "nothing"
+        raise BerthError(f"the wheelhouse {source} lacks {lock}", found=held, mend=mend)
     if packed.lock != text_hash(text):
         raise BerthError(f"the wheelhouse {source} was built from another {lock}", found=packed.lock[:12], mend=mend)
     return packed

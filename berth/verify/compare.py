@@ -139,7 +139,8 @@ def verify(
     """Compare plan, Ray and driver.
 
     ``hosts`` gives for each host its GPUs, or in words why it could not be asked; ``cluster`` is the BERTH_CLUSTER that
-    marks our own processes; ``runtimes`` is how the hosts' runtime environments differ. Raises nothing: what cannot be told is a finding.
+    marks our own processes; ``runtimes`` is how the hosts' runtime environments differ. Raises nothing: what cannot be
+    told is a finding.
     """
     scene = _scene(plan, ray, hosts, cluster)
     findings = [
