@@ -32,7 +32,7 @@ options:
     type: str
     default: ""
   token:
-    description: Token for gated and private repositories; handed to the download in its environment and written nowhere.
+    description: Token for gated and private repositories; the download has it in its environment, no file has it.
     type: str
     default: ""
   owner:
@@ -175,8 +175,8 @@ def first(module: AnsibleModule) -> None:
     gone = [item["path"] for item in params["models"] if item.get("path") and not os.path.isdir(item["path"])]
     if gone:
         module.fail_json(
-            msg=f"model directories are not on this host: {', '.join(gone)}; mend: copy them there, or correct model in "
-            "serve_apps_list"
+            msg=f"model directories are not on this host: {', '.join(gone)}; mend: copy them there, or correct "
+            "model in serve_apps_list"
         )
     directory = home(params)
     if not any(item.get("repo") for item in params["models"]):

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from berth.codec import load, write_json
+from berth.codec import load, write_json, write_text
 from berth.errors import BerthError
 
 MIB = 2**20
@@ -126,29 +126,35 @@ def read_job(path: Path) -> Job:
 
 
 def plan(job: Job) -> tuple[Need, ...]:
-    """Ask the hub what every model takes.
+    """Ask the hub what every model takes; writes nothing.
+
+    Not by huggingface_hub's own dry run: that moves the branch's reference in the cache already, and an offline engine
+    that starts meanwhile would look for a snapshot that is not there.
 
     Raises:
         BerthError: the hub cannot be reached, or does not give the repository to us.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi
 
+    api = HfApi()
     needs = []
     for model in job.models:
         try:
-            files = snapshot_download(model.repo, revision=model.revision, cache_dir=job.cache_dir, dry_run=True)
+            commit = str(api.model_info(model.repo, revision=model.revision).sha)
+            listing = list(api.list_repo_tree(model.repo, recursive=True, revision=commit))
         except Exception as error:
             raise _told(model, error) from None
-        chosen = set(needed_files(item.filename for item in files))
-        ours = [item for item in files if item.filename in chosen]
+        sizes = {item.path: int(item.size) for item in listing if hasattr(item, "size")}
+        files = needed_files(sizes)
+        snapshot = _folder(job, model.repo) / "snapshots" / commit
         needs.append(
             Need(
                 repo=model.repo,
                 revision=model.revision,
-                commit=ours[0].commit_hash if ours else "",
-                files=tuple(sorted(chosen)),
-                total=sum(item.file_size or 0 for item in ours),
-                missing=sum(item.file_size or 0 for item in ours if item.will_download),
+                commit=commit,
+                files=files,
+                total=sum(sizes[name] for name in files),
+                missing=sum(sizes[name] for name in files if not (snapshot / name).exists()),
             )
         )
     return tuple(needs)
@@ -158,7 +164,7 @@ def _told(model: Model, error: Exception) -> BerthError:
     """One sentence for an error of huggingface_hub, which has one class per cause."""
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     causes = {
-        "GatedRepoError": "accept the terms of this gated repository and set ray_slot_hub_token to a token that may read it",
+        "GatedRepoError": "accept this repository's terms and set ray_slot_hub_token to a token that may read it",
         "RepositoryNotFoundError": "correct the name in serve_apps_list, or set ray_slot_hub_token if it is private",
         "RevisionNotFoundError": "correct engine_args.revision of the model in serve_apps_list",
     }
@@ -205,7 +211,7 @@ def _download(job: Job, need: Need) -> None:
     try:
         snapshot_download(
             need.repo,
-            revision=need.revision,
+            revision=need.commit,
             cache_dir=job.cache_dir,
             allow_patterns=[glob.escape(name) for name in need.files],
         )
@@ -214,6 +220,9 @@ def _download(job: Job, need: Need) -> None:
     # The listing of the whole repository would make an offline engine take ours, without the files that nobody needs,
     # for an incomplete one (IncompleteSnapshotError).
     (folder / "trees" / f"{need.commit}.json").unlink(missing_ok=True)
+    if need.revision != need.commit:
+        # Last: until now replicas that start find what they found before.
+        write_text(folder / "refs" / need.revision, need.commit)
 
 
 def _folder(job: Job, repo: str) -> Path:
