@@ -7,6 +7,12 @@ ARGS ?=
 BIN := .venv/bin
 PLAYBOOK := $(BIN)/ansible-playbook
 
+# What `make wheelhouse` fetches, and for which Python and platform (empty: this machine's).
+LOCKS ?= agent.txt runtime-light.txt
+WHEELHOUSE ?= .berth/wheelhouse
+HOST_PYTHON ?=
+HOST_PLATFORM ?=
+
 .PHONY: help setup up down verify preflight status test lint unit e2e docs molecule lab-engine lab-up lab-down lab-ssh \
 	wheelhouse clean
 .DEFAULT_GOAL := help
@@ -59,9 +65,9 @@ lab-down: setup ## Remove the lab's hosts
 lab-ssh: ## A shell on a lab host: HOST=gpu01
 	@$(BIN)/python -m tests.lab ssh $(HOST)
 
-wheelhouse: setup ## The wheels that the lab's hosts install from, once
-	@mkdir -p .berth/wheelhouse
-	@$(BIN)/pip download -qq --no-deps -d .berth/wheelhouse -r roles/berth_agent/files/agent.txt -r roles/ray_runtime/files/runtime-light.txt
+wheelhouse: setup ## Wheels of the locks in .berth/wheelhouse, for hosts without a package index (LOCKS="agent.txt runtime-gpu.txt" HOST_PYTHON=3.12)
+	@$(BIN)/python -m berth.host.wheelhouse $(WHEELHOUSE) $(foreach lock,$(LOCKS),$(or $(wildcard roles/*/files/$(lock)),$(lock))) \
+	  $(if $(HOST_PYTHON),--python $(HOST_PYTHON)) $(foreach tag,$(HOST_PLATFORM),--platform $(tag)) $(ARGS)
 
 docs: setup ## docs/VARIABLES.md from the roles' argument specs
 	@$(BIN)/python -m berth.report.variables

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
 from berth.codec import load
 from berth.errors import BerthError
-from berth.host import addresses
+from berth.host import addresses, environment, wheelhouse
+from berth.plan import models
+from berth.plan.apps import load_apps
+from berth.plan.types import Plan
 from berth.ray import ports, start
 from berth.ray.start import NodeConfig, node_ports
 
@@ -59,16 +64,56 @@ def _told(call: Callable[[], Any]) -> Any:
         raise AnsibleFilterError(str(error)) from None
 
 
+def wheelhouse_tar(manifest: str, lock: str, text: str, source: str) -> str:
+    """The sha256 of a lock's tar in a wheelhouse; see berth.host.wheelhouse.packed_lock."""
+    return str(_told(lambda: wheelhouse.packed_lock(str(manifest), str(lock), str(text), str(source)).tar))
+
+
+def environment_differences(hosts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """See berth.host.environment.differences."""
+    return [asdict(item) for item in environment.differences(hosts)]
+
+
+def environment_differences_text(hosts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The same as lines for people."""
+    return [str(item) for item in environment.differences(hosts)]
+
+
+def runtime_rolled_back(pins: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """See berth.host.environment.rolled_back."""
+    found: dict[str, dict[str, str]] = _told(lambda: environment.rolled_back(pins, hosts))
+    return found
+
+
+def host_models(plan: str, apps: str, host: str) -> list[dict[str, str]]:
+    """What a host's slots load, from the plan's and the app list's JSON; see berth.plan.models.models_of_host."""
+
+    def found() -> list[dict[str, str]]:
+        specs = load_apps(json.loads(str(apps)))
+        sources = models.models_of_host(load(Plan, json.loads(str(plan)), "plan"), specs, str(host))
+        return [asdict(source) for source in sources]
+
+    return list(_told(found))
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "node_digest": start.digest,
+    "slot_nodes": slot_nodes,
+    "unit_digests": start.unit_digests,
+    "fixed_ports": fixed_ports,
+    "port_ranges": port_ranges,
+    "node_addresses": node_addresses,
+    "ip_family": ip_family,
+    "wheelhouse_tar": wheelhouse_tar,
+    "environment_differences": environment_differences,
+    "environment_differences_text": environment_differences_text,
+    "runtime_rolled_back": runtime_rolled_back,
+    "host_models": host_models,
+}
+
+
 class FilterModule:
     """Registers the filters."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {
-            "node_digest": start.digest,
-            "slot_nodes": slot_nodes,
-            "unit_digests": start.unit_digests,
-            "fixed_ports": fixed_ports,
-            "port_ranges": port_ranges,
-            "node_addresses": node_addresses,
-            "ip_family": ip_family,
-        }
+        return FILTERS

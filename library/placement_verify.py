@@ -31,6 +31,11 @@ options:
     description: Name of this Berth cluster; GPU processes that carry another name, or none, are strangers.
     type: str
     required: true
+  runtimes:
+    description: How the runtime environments of the hosts differ, one entry per host and package.
+    type: list
+    elements: dict
+    default: []
   fail_on_drift:
     description: Fail, naming every drift, when the witnesses disagree.
     type: bool
@@ -110,6 +115,7 @@ try:
     from berth.codec import dump, load
     from berth.errors import BerthError
     from berth.gpu.types import HostGpus
+    from berth.host.environment import Difference
     from berth.plan.store import read_plan
     from berth.plan.types import Plan
     from berth.ray.types import RayState
@@ -152,6 +158,7 @@ def main():
             "ray_state": {"type": "dict", "required": True},
             "hosts": {"type": "dict", "required": True},
             "cluster": {"type": "str", "required": True},
+            "runtimes": {"type": "list", "elements": "dict", "default": []},
             "fail_on_drift": {"type": "bool", "default": False},
         },
         mutually_exclusive=[["plan", "path"]],
@@ -162,9 +169,10 @@ def main():
         module.fail_json(msg=missing_required_lib("berth"), exception=IMPORT_ERROR)
     try:
         plan, ray_state, hosts = read_inputs(module.params)
+        runtimes = load(tuple[Difference, ...], module.params["runtimes"], "runtimes")
     except BerthError as error:
         module.fail_json(msg=str(error))
-    report = verify(plan, ray_state, hosts, module.params["cluster"])
+    report = verify(plan, ray_state, hosts, module.params["cluster"], runtimes)
     found = answer(report)
     if module.params["fail_on_drift"] and found["failures"]:
         drifts = "\n".join(failure["text"] for failure in found["failures"])

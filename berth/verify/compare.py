@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from berth.gpu.types import Gpu, GpuProcess, HostGpus
+from berth.host.environment import Difference
 from berth.plan.slots import UNACCOUNTED_TOLERANCE_MIB
 from berth.plan.types import Berth, Plan, Slot
 from berth.ray.types import RayNode, RayState, Replica, ServeApp
@@ -128,11 +129,18 @@ class Report:
         return 1 if "drift" in severities else 2 if "unknown" in severities else 0
 
 
-def verify(plan: Plan, ray: RayState, hosts: Mapping[str, HostGpus | str], cluster: str) -> Report:
+def verify(
+    plan: Plan,
+    ray: RayState,
+    hosts: Mapping[str, HostGpus | str],
+    cluster: str,
+    runtimes: Sequence[Difference] = (),
+) -> Report:
     """Compare plan, Ray and driver.
 
     ``hosts`` gives for each host its GPUs, or in words why it could not be asked; ``cluster`` is the BERTH_CLUSTER that
-    marks our own processes. Raises nothing: what cannot be told is a finding.
+    marks our own processes; ``runtimes`` is how the hosts' runtime environments differ. Raises nothing: what cannot be
+    told is a finding.
     """
     scene = _scene(plan, ray, hosts, cluster)
     findings = [
@@ -146,6 +154,7 @@ def verify(plan: Plan, ray: RayState, hosts: Mapping[str, HostGpus | str], clust
         *_promises(scene),
         *_replica_memory(scene),
         *_other_memory(scene),
+        *_runtimes(runtimes),
     ]
     order = ("drift", "unknown", "note")
     ordered = tuple(sorted(findings, key=lambda item: (order.index(item.severity), item.kind, item.object, item.found)))
@@ -553,6 +562,13 @@ def _leak(scene: _Scene, host: str, gpu: Gpu, slot: Slot | None, processes: Sequ
 
 def _mib(value: int | None) -> str:
     return "an unknown amount" if value is None else f"{value} MiB"
+
+
+def _runtimes(differences: Sequence[Difference]) -> Iterator[Finding]:
+    for item in differences:
+        yield _finding(
+            "runtime_differs", "drift", f"{item.host} {item.what}", item.found or "missing", item.wanted or "none"
+        )
 
 
 # --- The picture ------------------------------------------------------------------------------------------------------

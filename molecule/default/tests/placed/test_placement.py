@@ -13,7 +13,8 @@ def test_ray_has_a_node_per_slot_with_its_labels(host: Host, lab: Lab) -> None:
     if name_of(host) != "head01":
         return
     nodes = ray(host, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
-    alive = {node["labels"]["berth.slot"]: node for node in nodes if node["state"] == "ALIVE" and not node["is_head_node"]}
+    slots = [node for node in nodes if node["state"] == "ALIVE" and not node["is_head_node"]]
+    alive = {node["labels"]["berth.slot"]: node for node in slots}
     assert sorted(alive) == sorted(slot["name"] for slot in lab.plan["slots"])
     for slot in lab.plan["slots"]:
         node = alive[slot["name"]]

@@ -16,7 +16,8 @@ def test_a_model_stands_in_both_racks(lab: Lab) -> None:
     assert plan["strategy"] == "spread"
     racks = {slot["name"]: slot["rack"] for slot in plan["slots"]}
     for model in ("chat", "embedding"):
-        assert {racks[berth["slot"]] for berth in plan["berths"] if berth["deployment"] == model} == {"rack-a", "rack-b"}
+        berths = [berth for berth in plan["berths"] if berth["deployment"] == model]
+        assert {racks[berth["slot"]] for berth in berths} == {"rack-a", "rack-b"}
 
 
 def test_the_driver_shows_the_new_places(host: Host, lab: Lab) -> None:
