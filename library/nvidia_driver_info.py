@@ -91,7 +91,8 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib  # no
 try:
     from berth.codec import dump, load
     from berth.errors import BerthError
-    from berth.host.nvidia_driver import decide, errors, lines
+    from berth.host.nvidia_checks import errors, lines
+    from berth.host.nvidia_driver import decide
     from berth.host.nvidia_facts import read_found
     from berth.host.nvidia_types import Wanted
 except ImportError:

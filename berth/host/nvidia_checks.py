@@ -5,9 +5,11 @@ The kinds are headings of docs/driver.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from berth.host import nvidia_gpus, nvidia_packages
 from berth.host.nvidia_packages import Family, branch_of
-from berth.host.nvidia_types import Finding, Found, PciDevice, Wanted
+from berth.host.nvidia_types import Decision, Finding, Found, PciDevice, Wanted
 
 KINDS = (
     "adopted-without",
@@ -31,6 +33,17 @@ KINDS = (
     "version-not-of-branch",
 )
 """Every kind of finding, sorted."""
+
+
+def errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings that a run stops at."""
+    return tuple(finding for finding in findings if finding.severity == "error")
+
+
+def lines(host: str, decision: Decision) -> list[str]:
+    """Steps and findings for people, one line each."""
+    steps = [f"{host}: {step.name}: {step.current} -> {step.desired} ({step.why})" for step in decision.steps]
+    return steps + [f"{finding.severity}: {finding}" for finding in decision.findings]
 
 
 def mismatch(found: Found, wanted: Wanted) -> tuple[Finding, ...]:
@@ -79,7 +92,7 @@ def adopted_findings(found: Found, wanted: Wanted) -> tuple[Finding, ...]:
 def unloaded_foreign(found: Found) -> tuple[Finding, ...]:
     """A driver that Berth did not install is on disk and does not run: nothing is installed over it."""
     stack = sorted(n for n, version in found.packages.items() if nvidia_packages.is_driver_package(n, version))
-    if found.loaded or not (stack or found.library):
+    if found.loaded or not (found.library or any(nvidia_packages.is_kernel_module(name) for name in stack)):
         return ()
     causes = []
     if found.nouveau:

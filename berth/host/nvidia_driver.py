@@ -16,6 +16,7 @@ from berth.host import nvidia_gpus, nvidia_packages
 from berth.host.nvidia_checks import (
     adopted_findings,
     build_findings,
+    errors,
     flavour,
     mismatch,
     not_root,
@@ -32,17 +33,6 @@ _ABSENT = "absent"
 def managed(found: Found) -> bool:
     """Whether Berth installed this driver: its repository definition is on the host."""
     return nvidia_packages.APT_SOURCE in found.files or nvidia_packages.DNF_SOURCE in found.files
-
-
-def errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The findings that a run stops at."""
-    return tuple(finding for finding in findings if finding.severity == "error")
-
-
-def lines(host: str, decision: Decision) -> list[str]:
-    """Steps and findings for people, one line each."""
-    steps = [f"{host}: {step.name}: {step.current} -> {step.desired} ({step.why})" for step in decision.steps]
-    return steps + [f"{finding.severity}: {finding}" for finding in decision.findings]
 
 
 def decide(found: Found, wanted: Wanted) -> Decision:
@@ -166,7 +156,9 @@ def _offered(found: Found, wanted: Wanted, names: tuple[str, ...]) -> tuple[str,
 
 
 def _not_offered(found: Found, wanted: Wanted, offered: tuple[str, ...]) -> tuple[Finding, ...]:
-    driver = {v for name, versions in found.available.items() for v in versions if _is_module(name)}
+    driver = {
+        v for name, versions in found.available.items() for v in versions if nvidia_packages.is_kernel_module(name)
+    }
     seen = sorted({upstream(version) for version in driver}, key=order, reverse=True)
     what = f"{found.host}: the repository has no driver {wanted.version or f'of branch {wanted.branch}'} that is whole"
     mend = "set nvidia_driver_branch or nvidia_driver_version to one that is there, or mend the mirror"
@@ -181,10 +173,6 @@ def _no_fabric_manager(found: Found, name: str, target: str) -> Finding:
         f"{name}: {', '.join(offered) or 'none'}",
         "set nvidia_driver_version to a version that has one, or nvidia_driver_fabric_manager: false",
     )
-
-
-def _is_module(name: str) -> bool:
-    return name.startswith(("nvidia-dkms", "nvidia-kernel", "kmod-nvidia"))
 
 
 def _with_driver(found: Found, wanted: Wanted, target: str | None) -> tuple[str, ...]:
@@ -232,7 +220,7 @@ def _stale(found: Found, target: str | None, wanted_names: set[str]) -> tuple[st
 
 
 def _is_dkms(name: str) -> bool:
-    return _is_module(name) and "dkms" in name
+    return nvidia_packages.is_kernel_module(name) and "dkms" in name
 
 
 def _differs(found: Found, name: str, version: str | None) -> bool:
@@ -353,7 +341,7 @@ def _services(decision: Decision, found: Found, wanted: Wanted) -> tuple[str, ..
     if decision.action != "nothing":
         names += ["nvidia-dcgm"] if wanted.dcgm and (decision.action == "install" or _has_dcgm(found)) else []
         names += ["berth-nvidia-mps"] if wanted.mps else []
-    return tuple(names)
+    return tuple(names) if found.systemd else ()
 
 
 def _has_dcgm(found: Found) -> bool:

@@ -59,7 +59,8 @@ def read_found(host: str, wanted: Wanted, kernel_root: Path = Path("/"), root: P
         nouveau=(kernel_root / "sys/module/nouveau").exists(),
         secure_boot=secure_boot,
         key_enrolled=_key_enrolled(root) if secure_boot else None,
-        services=_services(SERVICES),
+        systemd=_has_systemd(),
+        services=_services(SERVICES) if _has_systemd() else {},
     )
     return _with_available(found, wanted)
 
@@ -225,9 +226,11 @@ def _key_enrolled(root: Path) -> bool | None:
     return "is already enrolled" in done.stdout
 
 
+def _has_systemd() -> bool:
+    return Path("/run/systemd/system").is_dir()
+
+
 def _services(names: Iterable[str]) -> dict[str, Service]:
-    if not Path("/run/systemd/system").is_dir():
-        return {}
     units = [f"{name}.service" for name in names]
     text = _run(["systemctl", "show", "--property=Id,LoadState,UnitFileState,ActiveState", *units])
     return parse_services(text)

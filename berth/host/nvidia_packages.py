@@ -33,7 +33,7 @@ _RHEL = ("rhel", "rocky", "almalinux", "centos")
 _FIRST_BRANCH = 300
 """Packages named alike and with versions of their own (container toolkit, GPUDirect Storage) count from 1."""
 _STACK = re.compile(
-    r"^(lib(nvidia(?!-container)|cuda1|nvcuvid|xnvctrl|nvsdm)|nvidia-|kmod-nvidia|cuda-drivers|firmware-nvidia"
+    r"^(lib(nvidia(?!-container)|cuda1|nvcuvid|nvsdm)|nvidia-(?!settings)|kmod-nvidia|cuda-drivers|firmware-nvidia"
     r"|xserver-xorg-video-nvidia|xorg-x11-nvidia|nvlink5)"
 )
 
@@ -101,6 +101,11 @@ def order(version: str) -> tuple[int, ...]:
 def is_driver_package(name: str, version: str) -> bool:
     """Whether a package is part of the driver: such packages carry its version and move together."""
     return bool(_STACK.match(name)) and branch_of(version) >= _FIRST_BRANCH
+
+
+def is_kernel_module(name: str) -> bool:
+    """Whether a package is one that NVIDIA's kernel module comes from."""
+    return name.startswith(("nvidia-dkms", "nvidia-kernel", "kmod-nvidia"))
 
 
 def kernel_module(family: Family, branch: int, open_modules: bool) -> str:

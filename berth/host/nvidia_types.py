@@ -68,6 +68,7 @@ class Found:
     """None where the host has no UEFI variables."""
     key_enrolled: bool | None = None
     """Whether the key that DKMS signs with is enrolled; None where that cannot be told."""
+    systemd: bool = True
     services: Mapping[str, Service] = field(default_factory=dict)
 
 
