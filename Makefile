@@ -35,10 +35,12 @@ preflight: setup ## What would fail later, all in one list; changes nothing
 down: setup ## Stop exactly what `make up` started
 	@$(PLAYBOOK) playbooks/teardown.yml $(ARGS)
 
-test: setup ## The whole gate: lint, unit tests, the main job end to end
+test: setup ## The whole gate: lint, unit tests, the main job end to end, the lab's default scenario
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory e2e
+	@docker info >/dev/null 2>&1 && $(MAKE) --no-print-directory molecule \
+	  || { docker info >/dev/null 2>&1 && exit 1; echo "SKIPPED the lab's scenario: no Docker engine answers (make lab-engine)"; }
 
 lint: setup ## ruff, mypy, yamllint, ansible-lint
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -56,6 +58,9 @@ e2e: setup ## The main job on real Ray and the real engine, then the unit tests 
 molecule: setup wheelhouse ## One scenario on lab hosts: SCENARIO=default|driver|upgrade|faults|gpu
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule test --scenario-name $(SCENARIO) $(ARGS)
 
+lab-engine: ## A Docker engine, where none answers (root, Debian or Ubuntu)
+	@molecule/shared/engine.sh
+
 lab-up: setup wheelhouse ## Hosts with real systemd and simulated GPUs, in containers; then: ansible-playbook -i inventories/lab site.yml
 	@$(PLAYBOOK) -i inventories/lab molecule/shared/create.yml $(ARGS)
 
@@ -63,7 +68,7 @@ lab-down: setup ## Remove the lab's hosts
 	@$(PLAYBOOK) -i inventories/lab molecule/shared/destroy.yml $(ARGS)
 
 lab-ssh: ## A shell on a lab host: HOST=gpu01
-	@$(BIN)/python -m tests.lab ssh $(HOST)
+	@$(BIN)/python -m tests.lab $(HOST)
 
 wheelhouse: setup ## Wheels of the locks in .berth/wheelhouse, for hosts without a package index (LOCKS="agent.txt runtime-gpu.txt" HOST_PYTHON=3.12)
 	@$(BIN)/python -m berth.host.wheelhouse $(WHEELHOUSE) $(foreach lock,$(LOCKS),$(or $(wildcard roles/*/files/$(lock)),$(lock))) \

@@ -61,6 +61,13 @@ units:
   returned: always
   sample:
     - 'berth-ray-head: started'
+restarted:
+  description: Slots whose unit is restarted; what runs there goes down meanwhile.
+  type: list
+  elements: str
+  returned: always
+  sample:
+    - gpu01-0
 """
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
@@ -80,7 +87,8 @@ def start(daemon: supervisor.Daemon, check: bool) -> list[str]:
     if check and not daemon.running():
         return ["supervisord: started, with every unit"]
     if check:
-        return [f"{name}: {verb}" for verb, names in supervisor.pending(daemon).items() for name in names]
+        todo = supervisor.pending(daemon)
+        return [f"{name}: {supervisor.VERBS[state]}" for state, names in todo.items() for name in names]
     lines = ["supervisord: started"] if supervisor.start(daemon) else []
     return lines + supervisor.apply(daemon)
 
@@ -113,7 +121,15 @@ def main() -> None:
         lines = act(daemon, module.check_mode)
     except BerthError as error:
         module.fail_json(msg=str(error))
-    module.exit_json(changed=bool(lines), units=lines, diff={"prepared": "\n".join(lines) + "\n"} if lines else {})
+    restarted = [
+        line.partition(":")[0].partition("@")[2] for line in lines if line.endswith(": restarted") and "@" in line
+    ]
+    module.exit_json(
+        changed=bool(lines),
+        units=lines,
+        restarted=restarted,
+        diff={"prepared": "\n".join(lines) + "\n"} if lines else {},
+    )
 
 
 if __name__ == "__main__":

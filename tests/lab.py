@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import requests
 from testinfra.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
-JOURNAL_LINES = 40
+BIN = Path(sys.executable).parent
+LOG_CHARACTERS = 6000
 READ_GPUS = """
 import json
 from berth.codec import dump
@@ -28,8 +34,61 @@ def ansible_inventory(*args: str) -> Any:
     return json.loads(done.stdout)
 
 
+def container(host: str) -> str:
+    """The container that is the host ``host`` of the lab."""
+    return f"{ansible_inventory('--host', host)['lab_name']}-{host}"
+
+
+def docker(*args: str) -> str:
+    """The output of one docker command.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    return subprocess.run(["docker", *args], capture_output=True, text=True, check=True).stdout
+
+
+def on(host: str, *command: str) -> str:
+    """The output of a command on a lab host, run as root without SSH: for faults that SSH itself may have."""
+    return docker("exec", container(host), *command)
+
+
+@dataclass
+class Run:
+    """A playbook run that goes on in the background, its output in a file."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def rc(self) -> int:
+        """The exit code, waited for."""
+        return self.process.wait()
+
+    def ok(self) -> Run:
+        """Itself, when it ended well."""
+        assert self.rc == 0, self.output[-LOG_CHARACTERS:]
+        return self
+
+    def wait_for(self, text: str, timeout_s: float = 240.0) -> None:
+        """Until ``text`` stands in the output."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.output:
+            assert self.process.poll() is None, self.output[-LOG_CHARACTERS:]
+            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.output[-LOG_CHARACTERS:]}"
+            time.sleep(0.2)
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does: SIGINT to the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+
 class Lab:
-    """The cluster of the lab as its three witnesses show it."""
+    """The cluster of the lab as its three witnesses show it, and the runs that change it."""
 
     @cached_property
     def variables(self) -> dict[str, dict[str, Any]]:
@@ -49,10 +108,57 @@ class Lab:
 
     def verify(self) -> dict[str, Any]:
         """``berth verify --json``: its object and, as ``rc``, its exit code."""
-        command = [str(Path(sys.executable).parent / "berth"), "verify", "-i", os.environ["LAB_INVENTORY"], "--json"]
+        command = [str(BIN / "berth"), "verify", "-i", os.environ["LAB_INVENTORY"], "--json"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         assert done.stdout.startswith("{"), done.stdout + done.stderr
         return {**json.loads(done.stdout), "rc": done.returncode}
+
+    def wait_until_verified(self, timeout_s: float = 180.0) -> None:
+        """Until the witnesses agree, as after a boot."""
+        deadline = time.monotonic() + timeout_s
+        while (report := self.verify())["rc"] != 0:
+            assert time.monotonic() < deadline, report["failures"]
+            time.sleep(3)
+
+    def start(self, playbook: str, *args: str) -> Run:
+        """Start a playbook; it goes on in the background."""
+        command = [str(BIN / "ansible-playbook"), "-i", os.environ["LAB_INVENTORY"], playbook, *args]
+        log = Path(tempfile.mkstemp(prefix="berth-lab-", suffix=".log")[1])
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return Run(process, log)
+
+    def site(self, *args: str) -> Run:
+        """site.yml, run to its end."""
+        run = self.start("site.yml", *args)
+        run.process.wait()
+        return run
+
+    def boot(self, host: str) -> None:
+        """Start a host that is down, and wait until it has booted."""
+        docker("start", container(host))
+        subprocess.run(
+            ["docker", "exec", container(host), "systemctl", "is-system-running", "--wait"],
+            capture_output=True,
+            check=False,
+        )
+
+    def reboot(self, host: str) -> None:
+        """Restart a host as a power cycle does: its /run and /tmp are empty afterwards."""
+        docker("kill", container(host))
+        self.boot(host)
+
+    def chat(self, host: str) -> int:
+        """The status that the API on ``host`` answers a question with."""
+        url = f"http://{self.variables[host]['ansible_host']}:8000/v1/chat/completions"
+        return requests.post(url, json={"model": "chat", "messages": []}, timeout=20).status_code
 
 
 def name_of(host: Host) -> str:
@@ -78,3 +184,11 @@ def unit(host: Host, name: str) -> dict[str, str]:
     """What systemd has loaded for a unit, by property."""
     shown = host.check_output("systemctl show %s", name)
     return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+
+
+if __name__ == "__main__":
+    # `make lab-ssh HOST=gpu01`: the same way in as Ansible's.
+    os.environ.setdefault("LAB_INVENTORY", str(ROOT / "inventories/lab"))
+    told = ansible_inventory("--host", sys.argv[1])
+    options = ["-i", told["ansible_ssh_private_key_file"], *told["ansible_ssh_common_args"].split()]
+    os.execvp("ssh", ["ssh", *options, f"{told['ansible_user']}@{told['ansible_host']}"])

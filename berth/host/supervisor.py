@@ -17,6 +17,8 @@ from berth.host.processes import CLUSTER_VARIABLE, own_processes, terminate
 
 START_S = 15.0
 UP = ("RUNNING", "STARTING", "BACKOFF")
+VERBS = {"removed": "removed", "changed": "restarted", "added": "started", "down": "started"}
+"""What ``apply`` does to a unit in each state of ``pending``."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,6 @@ def apply(daemon: Daemon) -> list[str]:
     """
     rpc = daemon.rpc()
     todo = pending(daemon)
-    lines = []
     for name in [*todo["removed"], *todo["changed"]]:
         rpc.stopProcessGroup(name, True)
         rpc.removeProcessGroup(name)
@@ -101,12 +102,7 @@ def apply(daemon: Daemon) -> list[str]:
     for name in todo["down"]:
         terminate(daemon.cluster, units=frozenset({unit_of(name)}))
         rpc.startProcess(name, False)
-    for verb, names in (
-        ("removed", todo["removed"]),
-        ("restarted", todo["changed"]),
-        ("started", todo["added"] + todo["down"]),
-    ):
-        lines += [f"{name}: {verb}" for name in names]
+    lines = [f"{name}: {VERBS[state]}" for state in VERBS for name in todo[state]]
     if lines:
         _settle(daemon)
     return lines
