@@ -106,9 +106,42 @@ def build_slots(
             slots.append(
                 _slot(name, host, gpus, before.get(gpus[0].uuid), name in busy, reserve_mib, cluster, problems)
             )
+    problems += _vanished(hosts, before)
+    problems += _drivers(hosts)
     present = {slot.gpu_uuids[0] for slot in slots}
     retired = {uuid: name for uuid, name in sorted(names.items()) if uuid not in present}
     return tuple(sorted(slots, key=lambda slot: natural(slot.name))), retired, tuple(problems)
+
+
+def driver_versions(hosts: Iterable[HostGpus]) -> dict[str, tuple[str, ...]]:
+    """The hosts by the version of their driver, versions in order of their text. Hosts without a GPU do not count."""
+    found: dict[str, list[str]] = {}
+    for host in hosts:
+        if host.gpus:
+            found.setdefault(host.driver_version, []).append(host.host)
+    return {version: tuple(sorted(names)) for version, names in sorted(found.items())}
+
+
+def _drivers(hosts: Sequence[HostInput]) -> list[str]:
+    versions = driver_versions(item.gpus for item in hosts)
+    if len(versions) < 2:
+        return []
+    told = "; ".join(f"{version}: {', '.join(names)}" for version, names in versions.items())
+    return [f"the hosts have different NVIDIA drivers ({told}): a footprint measured on one may not hold on another"]
+
+
+def _vanished(hosts: Sequence[HostInput], before: Mapping[str, Slot]) -> list[str]:
+    """GPUs of the last plan that their host's driver shows no more, or that another host shows now."""
+    owner = {gpu.uuid: item.gpus.host for item in hosts for gpu in item.gpus.gpus}
+    # A lost card may have no UUID left to show: one that is missing beside it has not vanished.
+    whole = {item.gpus.host for item in hosts if all(gpu.lost is None for gpu in item.gpus.gpus)}
+    told = []
+    for slot in sorted(before.values(), key=lambda item: natural(item.name)):
+        for uuid in slot.gpu_uuids:
+            if slot.host in whole and owner.get(uuid) != slot.host:
+                where = f"{owner[uuid]} has it now" if uuid in owner else f"{slot.host}'s driver does not show it"
+                told.append(f"GPU {uuid} of slot {slot.name} has vanished since the last plan: {where}")
+    return told
 
 
 def _check_marks(host: HostInput, before: Mapping[str, Slot]) -> None:

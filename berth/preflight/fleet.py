@@ -132,7 +132,7 @@ def _same_gpu(hosts: Sequence[_Host]) -> Iterator[Problem]:
 
 def _one_mtu(hosts: Sequence[_Host]) -> Iterator[Problem]:
     def mtu(host: _Host) -> str:
-        found = sorted({item.mtu for item in host.facts.addresses.values() if item.mtu and item.here})
+        found = sorted({item.mtu for item in host.facts.addresses.values() if item.mtu and item.interface != "lo"})
         return "/".join(map(str, found))
 
     known = [host for host in hosts if mtu(host)]
@@ -147,7 +147,7 @@ def _one_mtu(hosts: Sequence[_Host]) -> Iterator[Problem]:
             "ip link set dev INTERFACE mtu N on the hosts that differ, and in their network configuration",
         )
     for host in known:
-        own = max(item.mtu or 0 for item in host.facts.addresses.values())
+        own = max(item.mtu or 0 for item in host.facts.addresses.values() if item.interface != "lo")
         for probe in host.facts.peers:
             if probe.answered and probe.mtu is not None and 0 < probe.mtu < own:
                 yield Problem(

@@ -34,7 +34,6 @@ CLUSTER_WIDE = (
     "placement_allow_unplaced",
     "ray_head_gcs_port",
     "ray_head_token_source",
-    "ray_head_token_file",
     "serve_apps_list",
     "serve_apps_http_port",
 )

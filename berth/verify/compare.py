@@ -8,7 +8,7 @@ from typing import Literal
 
 from berth.gpu.types import Gpu, GpuProcess, HostGpus
 from berth.host.environment import Difference
-from berth.plan.slots import UNACCOUNTED_TOLERANCE_MIB
+from berth.plan.slots import UNACCOUNTED_TOLERANCE_MIB, driver_versions
 from berth.plan.types import Berth, Plan, Slot
 from berth.ray.types import RayNode, RayState, Replica, ServeApp
 
@@ -54,6 +54,8 @@ _MENDS = {
     "host_unreachable": f"make the host reachable, then {_VERIFY}",
     "pids_hidden": f"run the agent in the host's pid namespace, then {_VERIFY}",
     "app_unplanned": f"{_SITE} (it stops what the plan does not name)",
+    "gpu_duplicate": f"take out of the inventory all hosts but the one that the GPU is in, then {_SITE}",
+    "driver_mismatch": "bring the hosts to one driver version, one host at a time",
     "gpu_lost": f"reset the GPU or restart its host, then {_SITE}",
     "gpu_missing": f"if the card is gone for good {_SITE} plans without it; else bring it back, then {_VERIFY}",
     "gpu_xid": f"drain the host, reset the GPU or restart the host, then {_SITE}",
@@ -150,6 +152,8 @@ def verify(
         *_gateway(scene),
         *_strange_apps(scene),
         *_hosts(scene),
+        *_duplicates(scene),
+        *_drivers(scene),
         *_gpus(scene),
         *_promises(scene),
         *_replica_memory(scene),
@@ -377,6 +381,27 @@ def _hosts(scene: _Scene) -> Iterator[Finding]:
         seen = scene.hosts.get(host, "was not asked")
         if isinstance(seen, str):
             yield _finding("host_unreachable", "unknown", host, seen, "what its driver shows")
+
+
+def _duplicates(scene: _Scene) -> Iterator[Finding]:
+    """A GPU that several hosts show. Placeholders of lost cards are not compared: each host makes up the same ones."""
+    owners: dict[str, list[str]] = {}
+    for host in sorted(scene.hosts):
+        for gpu in scene.gpus(host):
+            if gpu.lost is None:
+                owners.setdefault(gpu.uuid, []).append(host)
+    for uuid, hosts in sorted(owners.items()):
+        if len(hosts) > 1:
+            found = f"shown by {', '.join(hosts)}"
+            yield _finding("gpu_duplicate", "drift", ", ".join(hosts), found, "one host", gpu_uuid=uuid)
+
+
+def _drivers(scene: _Scene) -> Iterator[Finding]:
+    """A note: a fleet in the middle of an upgrade has two versions and is as planned."""
+    versions = driver_versions(seen for seen in scene.hosts.values() if isinstance(seen, HostGpus))
+    if len(versions) > 1:
+        found = "; ".join(f"{version}: {', '.join(hosts)}" for version, hosts in versions.items())
+        yield _finding("driver_mismatch", "note", "NVIDIA driver", found, "one version")
 
 
 def _gpus(scene: _Scene) -> Iterator[Finding]:

@@ -189,3 +189,29 @@ def test_hosts_are_read_strictly():
 
 def test_natural_order():
     assert sorted(["a-10", "a-9", "b-1", "a10-0", "a9-0"], key=natural) == ["a9-0", "a10-0", "a-9", "a-10", "b-1"]
+
+
+def test_a_gpu_that_vanished_is_told_with_where_it_went():
+    cards = (gpu("GPU-a", 0), gpu("GPU-b", 1))
+    before = plan_of(one(*cards))
+    slots, retired, problems = build_slots(one(gpu("GPU-a", 0)), before)
+    assert [item.name for item in slots] == ["gpu01-0"]
+    assert retired == {"GPU-b": "gpu01-1"}
+    told = "GPU GPU-b of slot gpu01-1 has vanished since the last plan: "
+    assert problems == (told + "gpu01's driver does not show it",)
+    moved = [*one(gpu("GPU-a", 0)), HostInput(host("gpu02", gpu("GPU-b", 0)))]
+    assert build_slots(moved, before)[2] == (told + "gpu02 has it now",)
+    # It may be the lost card that has no UUID left to show.
+    ghost = one(gpu("GPU-a", 0), gpu("lost-index-1", 1, lost="GPU is lost"))
+    assert build_slots(ghost, before)[2] == ("gpu01: GPU 1 (lost-index-1) gets no slot: GPU is lost",)
+
+
+def test_renumbered_cards_have_not_vanished():
+    before = plan_of(one(gpu("GPU-a", 0), gpu("GPU-b", 1)))
+    assert build_slots(one(gpu("GPU-b", 0), gpu("GPU-a", 1)), before)[2] == ()
+
+
+def test_a_host_with_another_driver_is_told():
+    other = replace(host("gpu02", gpu("GPU-b", 0)), driver_version="570.10")
+    (problem,) = build_slots([*one(gpu("GPU-a", 0)), HostInput(other)])[2]
+    assert problem.startswith("the hosts have different NVIDIA drivers (570.10: gpu02; ")

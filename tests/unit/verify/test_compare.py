@@ -196,6 +196,27 @@ def test_gpu_missing(lab):
     check(lab.one("gpu_missing"), "drift", "a-1 GPU 1", A1, "not shown by a's driver", "present")
 
 
+def test_a_gpu_that_two_hosts_show(lab):
+    lab.hosts["b"] = replace(lab.hosts["b"], gpus=(*lab.hosts["b"].gpus, gpu(A1, 1)))
+    check(lab.one("gpu_duplicate"), "drift", "a, b", A1, "shown by a, b", "one host")
+    assert lab.report().exit_code == 1
+
+
+def test_the_same_placeholder_of_lost_cards_on_two_hosts_is_no_duplicate(lab):
+    for name in ("a", "b"):
+        ghost = gpu("lost-index-7", 7, total=0, lost="GPU is lost")
+        lab.hosts[name] = replace(lab.hosts[name], gpus=(*lab.hosts[name].gpus, ghost))
+    assert set(lab.kinds()) == {"gpu_lost"}
+
+
+def test_another_driver_version_is_a_note(lab):
+    other = lab.hosts["a"].driver_version
+    lab.hosts["b"] = replace(lab.hosts["b"], driver_version="570.10")
+    finding = lab.one("driver_mismatch")
+    assert (finding.severity, finding.found) == ("note", f"570.10: b; {other}: a")
+    assert lab.report().exit_code == 0
+
+
 def test_gpu_lost_with_its_uuid(lab):
     lab.gpu(A1, lost="GPU is lost")
     check(lab.one("gpu_lost"), "drift", "a-1 GPU 1", A1, "lost GPU at index 1: GPU is lost", "usable")
