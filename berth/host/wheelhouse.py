@@ -55,7 +55,26 @@ class Target:
 
     def options(self) -> list[str]:
         python = ["--python-version", self.python] if self.python else []
-        return [*python, *(part for platform in self.platforms for part in ("--platform", platform))]
+        tags = [tag for platform in self.platforms for tag in platform_tags(platform)]
+        return [*python, *(part for tag in tags for part in ("--platform", tag))]
+
+
+def platform_tags(platform: str) -> list[str]:
+    """The tags of wheels that run on a platform: ``manylinux_2_31_x86_64`` takes every wheel for glibc 2.31 or older.
+
+    pip takes a platform literally (PEP 600 names the order of the tags). Other platforms are handed on as they are.
+    """
+    match = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", platform)
+    if not match:
+        return [platform]
+    newest, machine = int(match.group(1)), match.group(2)
+    # The names from before PEP 600, and the glibc they stand for.
+    legacy = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
+    tags = []
+    for minor in range(newest, 4, -1):
+        tags.append(f"manylinux_2_{minor}_{machine}")
+        tags += [f"{legacy[minor]}_{machine}"] if minor in legacy else []
+    return tags
 
 
 def build(directory: Path, locks: Sequence[Path], target: Target, torch_index: str = TORCH_INDEX) -> list[str]:

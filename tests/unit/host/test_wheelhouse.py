@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from berth.errors import BerthError
-from berth.host.wheelhouse import Target, build, check, main, packed_lock
+from berth.host.wheelhouse import Target, build, check, main, packed_lock, platform_tags
 from tests.unit.roles.wheels import write_wheel
 
 
@@ -80,6 +80,14 @@ def test_what_cannot_be_had_fails_and_leaves_the_manifest(
 def test_a_wheel_for_another_python_is_asked_for_by_name(lock: Path, tmp_path: Path) -> None:
     lines = build(tmp_path / "house", [lock], Target("3.12", ("manylinux_2_28_x86_64",)))
     assert lines == ["small.txt: 2 wheels, 0 MiB, for Python 3.12 manylinux_2_28_x86_64"]
+
+
+def test_a_newer_glibc_takes_wheels_for_every_older_one() -> None:
+    tags = platform_tags("manylinux_2_31_x86_64")
+    assert tags[0] == "manylinux_2_31_x86_64"
+    assert {"manylinux_2_28_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64"} < set(tags)
+    assert "manylinux_2_32_x86_64" not in tags
+    assert platform_tags("macosx_14_0_arm64") == ["macosx_14_0_arm64"]
 
 
 def test_a_role_gets_the_tar_of_its_very_lock(lock: Path, tmp_path: Path) -> None:
