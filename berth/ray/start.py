@@ -98,7 +98,8 @@ def slot_nodes(
             **slot_fields(slot_ports(name, agent_base, metrics_base, node_base, node_count)),
             # One log monitor per host is enough.
             "log_monitor": bool(common.get("log_monitor", True)) and not nodes,
-            "gpu_uuids": list(slot["gpu_uuids"]),
+            # Not list(): it copies what Ansible has not rendered yet.
+            "gpu_uuids": [str(uuid) for uuid in slot["gpu_uuids"]],
             "vram_mib": int(slot["vram_mib"]),
             "labels": {f"berth.{key}": str(value) for key, value in places.items()} | {"berth.product": product},
         }

@@ -44,7 +44,8 @@ needs_root = pytest.mark.skipif(
 
 
 def inventory(**extra: Any) -> dict[str, Any]:
-    slots = [{"name": f"gpu01-{n}", "host": "gpu01"} for n in range(2)]
+    card = {"host": "gpu01", "rack": "", "zone": "", "product": "NVIDIA L40S", "vram_mib": 44974}
+    slots = [{**card, "name": f"gpu01-{n}", "gpu_uuids": [f"GPU-{n}"]} for n in range(2)]
     common = {
         "ansible_connection": "local",
         "berth_cluster_id": "test-1a2b",
@@ -53,6 +54,7 @@ def inventory(**extra: Any) -> dict[str, Any]:
         "berth_state_dir": "/var/lib/berth",
         "berth_controller_dir": "/root/.berth",
         "ray_runtime_dir": "/opt/runtime",
+        "nvidia_driver_environment": {},
         "serve_apps_http_port": API,
         "placement_plan": {"slots": slots},
         "__firewall_ephemeral": {"content": "MzI3NjgJNjA5OTkK"},

@@ -10,7 +10,7 @@ import pytest
 
 from berth.codec import dump, load, replace
 from berth.errors import BerthError
-from berth.ray.start import NodeConfig, command, environment, labels
+from berth.ray.start import NodeConfig, command, digest, environment, labels, slot_nodes, unit_digests
 
 # ray/_private/label_utils.py of Ray 2.60
 LABEL = re.compile(r"([a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?)")
@@ -218,3 +218,43 @@ def test_a_node_config_goes_through_json_unchanged(node: NodeConfig) -> None:
 def test_a_node_config_with_what_berth_does_not_know_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(BerthError, match=message):
         load(NodeConfig, dump(SLOT) | change, "node.json")
+
+
+SLOTS = [
+    {
+        "name": f"gpu01-{n}",
+        "host": "gpu01",
+        "rack": "r1",
+        "zone": "",
+        "gpu_uuids": [f"GPU-{n}"],
+        "vram_mib": 44_974,
+        "product": "NVIDIA H100 80GB HBM3",
+    }
+    for n in (10, 2)
+]
+
+
+def test_nodes_of_a_hosts_slots_keep_apart() -> None:
+    nodes = slot_nodes(SLOTS, {"cluster": "c", "log_monitor": True}, "/run/berth", 52_700, 8_500, 12_100, 100)
+    assert list(nodes) == ["gpu01-2", "gpu01-10"]
+    assert [node["log_monitor"] for node in nodes.values()] == [True, False], "one log monitor per host"
+    assert nodes["gpu01-2"]["metrics_port"] == 8_502
+    assert nodes["gpu01-10"]["temp_dir"] == "/run/berth/gpu01-10"
+    assert nodes["gpu01-2"]["labels"] == {
+        "berth.host": "gpu01",
+        "berth.rack": "r1",
+        "berth.zone": "",
+        "berth.product": "NVIDIA-H100-80GB-HBM3",
+    }
+    bases = [(node["node_port_base"], node["node_port_count"]) for node in nodes.values()]
+    assert bases == [(12_300, 100), (13_100, 100)]
+
+
+def test_a_digest_changes_with_its_node_alone() -> None:
+    nodes = slot_nodes(SLOTS, {"cluster": "c"}, "/run/berth", 52_700, 8_500, 12_100, 100)
+    other = slot_nodes(SLOTS[:1], {"cluster": "c"}, "/run/berth", 52_700, 8_500, 12_100, 100)
+    units = unit_digests({**nodes, "head": {"kind": "head"}})
+    assert sorted(units) == ["berth-ray-head", "berth-ray-slot@gpu01-10", "berth-ray-slot@gpu01-2"]
+    assert units["berth-ray-slot@gpu01-10"] == digest(nodes["gpu01-10"]) != units["berth-ray-slot@gpu01-2"]
+    # Alone on the host it becomes the one with the log monitor: another node.
+    assert digest(other["gpu01-10"]) != digest(nodes["gpu01-10"])

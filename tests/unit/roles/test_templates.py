@@ -15,8 +15,15 @@ from typing import Any, NamedTuple
 import pytest
 from supervisor.options import ServerOptions
 
+from berth.ray.start import digest
+
 ROOT = Path(__file__).resolve().parents[3]
-UNITS = ("berth-ray-head", "berth-ray-slot@gpu01-0")
+UNITS = ("berth-ray-head", "berth-ray-slot@gpu01-0", "berth-ray-slot@gpu01-1")
+NODES = {
+    "head": {"head": {"kind": "head", "name": "head"}},
+    "slot": {name: {"kind": "slot", "name": name} for name in ("gpu01-0", "gpu01-1")},
+}
+FILES = {"berth-ray-head": "berth-ray-head.service", "berth-ray-slot": "berth-ray-slot@.service"}
 ENVIRONMENT = {"LD_LIBRARY_PATH": "/opt/one two/lib", "BERTH_RATE": "100%"}
 UNKNOWN_TO_OLD_SYSTEMD = ("RestartSteps", "RestartMaxDelaySec")
 
@@ -29,31 +36,31 @@ class Rendered(NamedTuple):
 
     def program(self, unit: str) -> configparser.SectionProxy:
         parser = configparser.RawConfigParser()
-        parser.read(self.etc / "units" / f"{unit}.conf")
+        parser.read(self.etc / "units" / f"{unit.partition('@')[0]}.conf")
         return parser[f"program:{unit}"]
 
     def service(self, unit: str) -> list[tuple[str, str]]:
-        lines = (self.etc / f"{unit}.service").read_text(encoding="utf-8").splitlines()
-        return [(key, value) for key, _, value in (line.partition("=") for line in lines if line[:1] not in "#[")]
+        """The unit's settings, the instance's name put in as systemd does."""
+        kind, _, instance = unit.partition("@")
+        text = (self.etc / FILES[kind]).read_text(encoding="utf-8").replace("%i", instance)
+        pairs = (line.partition("=") for line in text.splitlines())
+        return [(key, value) for key, _, value in pairs if key[:1] not in ("#", "[", "")]
 
 
 def tasks(etc: Path) -> list[dict[str, Any]]:
-    """Both managers' unit for each name, through the role's own entry point."""
-    nodes = {UNITS[0]: {"kind": "head", "name": "head"}, UNITS[1]: {"kind": "slot", "name": "gpu01-0"}}
+    """Both managers' units of each kind, through the role's own entry point."""
     units = [
         {
-            "ansible.builtin.include_role": {"name": "service_manager", "tasks_from": "unit"},
+            "ansible.builtin.include_role": {"name": "service_manager", "tasks_from": "units"},
             "vars": {
                 "berth_service_manager": manager,
                 "service_manager_unit_dir": str(etc if manager == "systemd" else etc / "units"),
-                "service_manager_unit": unit,
-                "service_manager_unit_config": f"{etc}/{unit}.json",
-                "service_manager_unit_node": node,
-                "service_manager_unit_env": ENVIRONMENT,
+                "service_manager_kind": kind,
+                "service_manager_nodes": nodes,
             },
         }
         for manager in ("systemd", "supervisord")
-        for unit, node in nodes.items()
+        for kind, nodes in NODES.items()
     ]
     templates = ROOT / "roles/service_manager/templates"
     files = [
@@ -87,6 +94,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
                 "berth_user": "root",
                 "berth_service_manager": "supervisord",
                 "nvidia_driver_simulated": True,
+                "nvidia_driver_environment": ENVIRONMENT,
                 "ray_runtime_dir": sys.prefix,
             },
             "tasks": tasks(found.etc),
@@ -120,15 +128,24 @@ def environment_of_service(lines: list[tuple[str, str]]) -> dict[str, str]:
 def test_both_managers_run_the_same(rendered: Rendered, unit: str) -> None:
     program, service = rendered.program(unit), rendered.service(unit)
     assert program["command"] == dict(service)["ExecStart"]
-    assert f"berth.ray.launch {rendered.etc}/{unit}.json" in program["command"]
+    kind, name = ("slot", unit.partition("@")[2]) if "@" in unit else ("head", "head")
+    assert program["command"].endswith(f"-m berth.ray.launch {rendered.etc}/{kind}.json {name}")
     environment = environment_of_program(program["environment"])
-    assert environment == environment_of_service(service)
-    assert environment.items() >= ENVIRONMENT.items()
+    told = environment_of_service(service)
+    # Each manager's own way to know a changed unit: supervisord compares programs, systemd_units digests.
+    assert environment.pop("BERTH_CONFIG_SHA1") == digest(NODES[kind][name])
+    assert len(told.pop("BERTH_UNIT_SHA1")) == 40
+    assert environment == told
+    assert (environment.items() >= ENVIRONMENT.items()) == (kind == "slot")
     assert environment["BERTH_CLUSTER"] == "test-1a2b"
     assert environment["BERTH_UNIT"] == unit.removeprefix("berth-ray-")
-    assert len(environment["BERTH_CONFIG_SHA1"]) == 40
     assert program["directory"] == dict(service)["WorkingDirectory"]
     assert program["stopwaitsecs"] == dict(service)["TimeoutStopSec"]
+
+
+def test_the_nodes_of_a_kind_are_in_one_file(rendered: Rendered) -> None:
+    for kind, nodes in NODES.items():
+        assert json.loads((rendered.etc / f"{kind}.json").read_text(encoding="utf-8")) == nodes
 
 
 def test_supervisord_reads_its_configuration(rendered: Rendered) -> None:
@@ -137,20 +154,23 @@ def test_supervisord_reads_its_configuration(rendered: Rendered) -> None:
     assert sorted(group.name for group in options.process_group_configs) == sorted(UNITS)
     for group in options.process_group_configs:
         (process,) = group.process_configs
-        assert process.environment.items() >= ENVIRONMENT.items()
+        assert (process.environment.items() >= ENVIRONMENT.items()) == ("slot@" in group.name)
         assert process.environment["BERTH_UNIT"] == group.name.removeprefix("berth-ray-")
         assert process.stopasgroup
         assert process.killasgroup
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_systemd_reads_the_unit(rendered: Rendered, unit: str) -> None:
+@pytest.mark.parametrize("file", FILES.values())
+def test_systemd_reads_the_unit(rendered: Rendered, file: str) -> None:
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("systemd-analyze is not installed here")
-    command = [analyze, "verify", "--man=no", str(rendered.etc / f"{unit}.service")]
+    path = rendered.etc / file.replace("@.", "@gpu01-0.")
+    if not path.exists():
+        path.symlink_to(rendered.etc / file)
+    command = [analyze, "verify", "--man=no", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    told = [line for line in done.stderr.splitlines() if str(rendered.etc) in line or unit in line]
+    told = [line for line in done.stderr.splitlines() if str(rendered.etc) in line or path.name in line]
     assert not [line for line in told if not any(key in line for key in UNKNOWN_TO_OLD_SYSTEMD)], done.stderr
     assert done.returncode == 0, done.stderr
 
@@ -160,9 +180,11 @@ def test_the_service_is_kept_within_bounds(rendered: Rendered, unit: str) -> Non
     service = dict(rendered.service(unit))
     assert service["User"] == "root", "berth_user is what the unit runs as"
     assert service["NoNewPrivileges"] == "true"
-    assert service["ProtectSystem"] == "full"
+    assert service["ProtectSystem"] == "strict"
+    assert service["CapabilityBoundingSet"] == ""
     assert service["Restart"] == "always"
     assert int(service["RestartMaxDelaySec"]) > int(service["RestartSec"])
     assert int(service["LimitNOFILE"]) >= 65536
-    # Either would hide the GPUs, or CUDA's MPS, from a replica.
-    assert not {"PrivateDevices", "PrivateTmp"} & set(service)
+    assert service["PrivateTmp"] == "true"
+    # Either would hide GPUs from the driver's library, which then numbers the rest anew.
+    assert not {"PrivateDevices", "DeviceAllow"} & set(service)
