@@ -35,6 +35,11 @@ def up(args: argparse.Namespace) -> int:
     return _stream("site.yml", args, extra)
 
 
+def preflight(args: argparse.Namespace) -> int:
+    """What would fail later, all in one list; changes nothing."""
+    return _stream("playbooks/preflight.yml", args, {})
+
+
 def down(args: argparse.Namespace) -> int:
     """Stop exactly what ``berth up`` started."""
     return _stream("playbooks/teardown.yml", args, {})
@@ -89,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("up", up, "plan, start, serve and verify (ansible-playbook site.yml)"),
         ("verify", verify, "compare plan, Ray and driver; exit 0 as wanted, 1 drift, 2 could not tell"),
+        ("preflight", preflight, "look at the inventory and every host, list what would fail; change nothing"),
         ("down", down, "stop exactly what up started"),
         ("map", show_map, "draw the plan in force"),
     ):
