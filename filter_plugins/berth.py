@@ -16,7 +16,6 @@ from berth.plan import models
 from berth.plan.apps import load_apps
 from berth.plan.types import Plan
 from berth.ray import ports, start
-from berth.ray.start import NodeConfig, node_ports
 
 
 def slot_nodes(
@@ -52,9 +51,7 @@ def ip_family(items: Iterable[str], version: int) -> list[str]:
 
 
 def _ports(node: Mapping[str, Any]) -> ports.NodePorts:
-    if "kind" in node:
-        return node_ports(load(NodeConfig, dict(node), "node"))
-    return load(ports.NodePorts, dict(node), "ports")
+    return start.ports_of(node) if "kind" in node else load(ports.NodePorts, dict(node), "ports")
 
 
 def _told(call: Callable[[], Any]) -> Any:

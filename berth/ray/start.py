@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from berth.codec import STRICT
@@ -57,15 +57,20 @@ class NodeConfig:
 
 def node_ports(node: NodeConfig) -> NodePorts:
     """The node's ports, for ``berth.ray.ports``."""
-    head = node.kind == "head"
+    return ports_of(asdict(node))
+
+
+def ports_of(node: Mapping[str, Any]) -> NodePorts:
+    """The ports of a NodeConfig that is plain data."""
+    head = node["kind"] == "head"
     return NodePorts(
-        dashboard_agent_port=node.dashboard_agent_port,
-        metrics_port=node.metrics_port,
-        node_port_base=node.node_port_base,
-        node_port_count=node.node_port_count,
-        gcs_port=int(node.gcs_address.rpartition(":")[2]) if head else 0,
-        client_port=node.client_port if head else 0,
-        dashboard_port=node.dashboard_port if head else 0,
+        dashboard_agent_port=int(node["dashboard_agent_port"]),
+        metrics_port=int(node["metrics_port"]),
+        node_port_base=int(node["node_port_base"]),
+        node_port_count=int(node["node_port_count"]),
+        gcs_port=int(str(node["gcs_address"]).rpartition(":")[2]) if head else 0,
+        client_port=int(node["client_port"]) if head else 0,
+        dashboard_port=int(node["dashboard_port"]) if head else 0,
     )
 
 
