@@ -287,10 +287,12 @@ def _sums(options: Options, plan: Plan, missing: int, here: Mapping[str, int]) -
     deployment, left = options.deployment, options.left
     sizes = sorted({size for _, size in options.fitting})
     span = " to ".join(f"{gib(size)} GiB ({size} MiB)" for size in (sizes if len(sizes) < 2 else (sizes[0], sizes[-1])))
-    best = max(options.fitting, key=lambda pair: left[pair[0].name])[0]
+    # What a cordoned slot has left is nobody's; it is told with its name below.
+    usable = [(slot, size) for slot, size in options.fitting if not slot.cordoned] or options.fitting
+    best = max(usable, key=lambda pair: left[pair[0].name])[0]
     best_left = left[best.name]
     each = deployment.gpus_per_replica
-    free = sum(left[slot.name] * options.width for slot, _ in options.fitting)
+    free = sum(left[slot.name] * options.width for slot, _ in usable)
     sums = [
         f"each takes {span} on each of {each} GPUs" if each > 1 else f"each takes {span} on one GPU",
         f"largest free is {gib(best_left)} GiB ({best_left} MiB, {short_product(best.product)} {best.name})",
@@ -305,8 +307,12 @@ def _sums(options: Options, plan: Plan, missing: int, here: Mapping[str, int]) -
     shown = sorted(options.fitting, key=lambda pair: -left[pair[0].name])[:SHOWN_SLOTS]
     more = len(options.fitting) - len(shown)
     rest = f" and {more} more" if more > 0 else ""
-    sums.append("free by slot: " + ", ".join(f"{slot.name} {gib(left[slot.name])}" for slot, _ in shown) + rest)
+    sums.append("free by slot: " + ", ".join(_left_on(slot, left) for slot, _ in shown) + rest)
     return sums
+
+
+def _left_on(slot: Slot, left: Mapping[str, int]) -> str:
+    return f"{slot.name} {gib(left[slot.name])}{' (cordoned)' if slot.cordoned else ''}"
 
 
 def _strict(options: Options, here: Mapping[str, int]) -> list[str]:

@@ -9,7 +9,7 @@ from berth.plan.contract_answer import number_replicas
 from berth.plan.reasons import gib
 from berth.plan.types import Plan, Solution
 from berth.report.fleet_picture import fleet_svg
-from berth.report.fleet_view import fleet_view, headline
+from berth.report.fleet_view import fleet_view, headline, missing_of
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -20,14 +20,14 @@ h1 { font-size: 24px; margin: 24px 0 4px; } h2 { font-size: 18px; margin: 32px 0
 .bad { border: 2px solid #b3261e; border-radius: 6px; background: #fdeceb; padding: 8px 20px; margin: 16px 0; }
 .bad h2 { color: #b3261e; margin: 8px 0; } .bad dt { font-weight: 600; } .bad dd { margin: 0 0 8px 16px; }
 .good { color: #116329; font-weight: 600; }
-svg { width: 100%; height: auto; }
+svg { width: calc(100% + 48px); height: auto; margin: 0 -24px; }
 label { display: block; margin: 8px 0; } input { font: inherit; padding: 6px 10px; width: 360px; max-width: 100%; }
 table { border-collapse: collapse; width: 100%; } caption { text-align: left; color: #59636e; padding: 4px 0; }
 th, td { text-align: left; vertical-align: top; padding: 4px 12px 4px 0; border-bottom: 1px solid #d8dee4; }
 th { position: sticky; top: 0; background: #fff; } td.n, th.n { text-align: right; white-space: nowrap; }
 td:first-child, td:nth-child(3) { white-space: nowrap; }
-code { font-size: 12px; color: #59636e; word-break: break-all; }
-pre { overflow-x: auto; background: #f6f8fa; padding: 12px; }
+code { font-size: 12px; color: #59636e; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8fa; padding: 12px; }
 """
 
 _SCRIPT = """
@@ -79,18 +79,13 @@ def unplaced_section(plan: Plan) -> str:
     if not items:
         return '<p class="good">✓ every replica is placed</p>'
     rows = "".join(
-        f"<dt>{escape(item.deployment)}: {_missing(item.replicas, item.room)}"
+        f"<dt>{escape(item.deployment)}: {missing_of(item.replicas, item.room)}"
         + (f", {gib(item.shortage_mib)} GiB short" if item.shortage_mib else "")
         + f"</dt><dd>{escape(item.reason)}</dd>"
         for item in items
     )
     missing = sum(item.replicas + item.room for item in items)
     return f'<section class="bad" role="alert"><h2>✗ Not placed: {missing}</h2><dl>{rows}</dl></section>'
-
-
-def _missing(replicas: int, room: int) -> str:
-    parts = [f"{replicas} replica{'s' if replicas != 1 else ''}"] if replicas else []
-    return " and ".join([*parts, *([f"room for {room} more"] if room else [])])
 
 
 def reasons_section(plan: Plan) -> str:

@@ -13,7 +13,7 @@ from html import escape
 from berth.codec import replace
 from berth.plan.reasons import gib, short_product
 from berth.plan.types import Solution
-from berth.report.fleet_view import Bar, Block, FleetView, HostView, ModelView, filled, fleet_view, headline
+from berth.report.fleet_view import Bar, Block, FleetView, HostView, ModelView, filled, fleet_view, headline, missing_of
 
 WIDTH = 1280
 MARGIN = 24
@@ -138,9 +138,9 @@ def draw_unplaced(canvas: Canvas, view: FleetView) -> None:
     canvas.y += 8
     begun = len(canvas.parts)
     top = canvas.y
-    missing = sum(item.replicas for item in view.unplaced)
+    told = missing_of(sum(item.replicas for item in view.unplaced), sum(item.room for item in view.unplaced))
     canvas.y += 22
-    canvas.text(MARGIN + 12, canvas.y, f"NOT PLACED: {missing} replicas", 14, RED, "bold")
+    canvas.text(MARGIN + 12, canvas.y, f"NOT PLACED: {told}", 14, RED, "bold")
     for item in view.unplaced[:SHOWN_UNPLACED]:
         canvas.paragraph(f"{item.deployment}: {item.reason}", 12, INK, 12)
     if len(view.unplaced) > SHOWN_UNPLACED:

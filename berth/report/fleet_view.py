@@ -158,6 +158,12 @@ def headline(solution: Solution) -> str:
     return "; ".join(parts)
 
 
+def missing_of(replicas: int, room: int) -> str:
+    """``2 replicas and room for 1 more``: what has no place."""
+    parts = [f"{replicas} replica{'s' if replicas != 1 else ''}"] if replicas else []
+    return " and ".join([*parts, *([f"room for {room} more"] if room else [])])
+
+
 def filled(bar: Bar) -> str:
     """ "38.2 of 44.4" GiB of each GPU of the bar."""
     return f"{gib(bar.taken_mib)} of {gib(bar.slot.vram_mib)}"

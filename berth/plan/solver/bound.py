@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from berth.plan.solver.bins import Packing, coarse, whole_packing
-from berth.plan.solver.columns import Goal, Prices, by_size, generate, proven, worths
+from berth.plan.solver.columns import Goal, Prices, by_size, by_volume, generate, proven, worths
 from berth.plan.solver.patterns import columns_of
 from berth.plan.solver.problem import MICRO
 from berth.plan.solver.state import State
@@ -54,9 +54,10 @@ def prove(state: State, known: tuple[Offer, ...], unit: int, quick: bool) -> Bou
     priced = {job for offer in known for job in offer.prices}
     if not priced.issuperset(item.job.index for item in packing.items):
         rows += _prices(packing, state, costs, floors, quick)
+    rows.append(by_volume(packing, Goal(costs, floors)))
     cost = _best(packing, Goal(costs, floors), rows, unit)
     if costs != gpus:
-        rows = _prices(packing, state, gpus, floors, quick)
+        rows = [*_prices(packing, state, gpus, floors, quick), by_volume(packing, Goal(gpus, floors))]
     count = -(-_best(packing, Goal(gpus, floors), rows, unit) // MICRO)
     if all(floor == wanted for floor, wanted in zip(floors, _floors(packing, None), strict=True)):
         count = max(count, *(_counted(packing, prices, unit) for prices in (*rows, by_size(packing))))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import ortools.linear_solver.pywraplp as pywraplp  # type: ignore[import-untyped]
 
@@ -55,7 +56,8 @@ class Generated:
 
 
 def worths(packing: Packing, prices: Prices, unit: int) -> list[int]:
-    """z(c) by class: no load of one of its bins is worth more. Sizes are rounded down to ``unit`` MiB."""
+    """z(c) by class: no load of one of its bins is worth more. Sizes are rounded down to ``unit`` MiB; nothing is worth
+    more than its bin full of what is worth most per MiB, which needs no rounding."""
     found = [0] * len(packing.bins)
     for members in packing.families:
         largest = packing.bins[members[0]]
@@ -63,9 +65,12 @@ def worths(packing: Packing, prices: Prices, unit: int) -> list[int]:
         step = max(1, min(unit, min((size for size in singles if size), default=1)))
         demands = [item.demand for item in packing.items]
         sack = fill([size // step for size in singles], demands, prices, largest.capacity // step, trace=False)
+        dense = max((Fraction(price, size) for price, size in zip(prices, singles, strict=True) if size), default=None)
         for number in members:
             bins = packing.bins[number]
             single = int(sack.worth[bins.capacity // step])
+            if dense is not None:
+                single = min(single, int(dense * bins.capacity))
             if bins.places == 1:
                 single = max((prices[index] for index, size in enumerate(bins.sizes) if size), default=0)
             teams = [-(-prices[index] // packing.items[index].width) for index in packing.teams if bins.sizes[index]]
@@ -100,6 +105,39 @@ def by_size(packing: Packing) -> Prices:
         ]
         found.append(int(min(parts, default=0)))
     return tuple(found)
+
+
+def by_volume(packing: Packing, goal: Goal) -> Prices:
+    """The prices of the linear program over volumes: what is placed in a family of classes fits its opened bins in sum.
+
+    Better than ``by_size`` where products differ, because each has its own number of bins: a product that is used up
+    makes what could be there dearer elsewhere. A team, and a place that has its bin alone, takes bins as a whole.
+    """
+    solver = pywraplp.Solver.CreateSolver("GLOP")
+    infinity, objective = solver.infinity(), solver.Objective()
+    objective.SetMinimization()
+    room = [solver.Constraint(-infinity, 0) for _ in packing.families]
+    for row, members in zip(room, packing.families, strict=True):
+        for number in members:
+            opened = solver.NumVar(0, packing.bins[number].count, "")
+            objective.SetCoefficient(opened, goal.costs[number] / MICRO)
+            row.SetCoefficient(opened, -packing.bins[number].capacity)
+    cover = [solver.Constraint(0, infinity) for _ in packing.items]
+    levels = [solver.Constraint(floor, infinity) for floor in goal.floors]
+    for index, item in enumerate(packing.items):
+        placed = solver.NumVar(0, item.demand, "")
+        cover[index].SetCoefficient(placed, -1)
+        levels[item.level].SetCoefficient(placed, 1)
+        for row, members in zip(room, packing.families, strict=True):
+            largest = packing.bins[members[0]]
+            if any(packing.bins[number].sizes[index] for number in members):
+                whole = item.width > 1 or largest.places == 1
+                inside = solver.NumVar(0, infinity, "")
+                cover[index].SetCoefficient(inside, 1)
+                row.SetCoefficient(inside, largest.capacity * item.width if whole else largest.sizes[index])
+    if solver.Solve() != pywraplp.Solver.OPTIMAL:
+        return by_size(packing)
+    return tuple(max(0, int(row.dual_value() * MICRO)) for row in cover)
 
 
 # --- Columns ----------------------------------------------------------------------------------------------------------

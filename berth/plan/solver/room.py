@@ -119,8 +119,9 @@ def ways_in(state: State) -> dict[int, tuple[Step, ...]]:
 
 
 def _by_priority(state: State) -> list[Job]:
+    """Of one priority the small ones first: each counts as much as a large one and takes less."""
     jobs = [job for job in state.problem.jobs if not job.pool and job.strategy != "strict_pack"]
-    return sorted(jobs, key=lambda job: (job.shadow, -job.deployment.priority, -job.largest, job.name))
+    return sorted(jobs, key=lambda job: (job.shadow, -job.deployment.priority, job.largest, job.name))
 
 
 def _stood(steps: Sequence[Step]) -> int:
@@ -163,7 +164,7 @@ def _nearest(state: State, base: State, job: Job) -> Iterator[Sequence[int]]:
     """Slots that could hold one more were they emptier, one by one or (teams) host by host, the nearest first."""
     able = [slot for slot in range(len(state.heads)) if _may_hold(state, job, slot)]
     if not job.team:
-        able.sort(key=lambda slot: ((state.problem.size(job, slot) or 0) - state.free[slot], slot))
+        able.sort(key=lambda slot: (_lack(state, job, slot), slot))
         yield from ([slot] for slot in able[:LOOKED_AT])
         return
     groups: dict[tuple[int, str], list[int]] = defaultdict(list)
@@ -181,6 +182,14 @@ def _nearest(state: State, base: State, job: Job) -> Iterator[Sequence[int]]:
                 ranked.append(([_busy(state, base, slot)[0] for slot in row[: job.width]], row))
     ranked.sort(key=lambda item: (sum(item[0]), item[1][0]))
     yield from (row for _, row in ranked[:LOOKED_AT])
+
+
+def _lack(state: State, job: Job, slot: int) -> int:
+    """MiB that have to go from ``slot`` before one more place of ``job`` fits; all where it is needed or held whole."""
+    whole = job.team or state.problem.gpus[slot] > 1 or state.taken[slot]
+    if whole and state.heads[slot]:
+        return EVERYTHING
+    return (state.problem.size(job, slot) or 0) - state.free[slot]
 
 
 def _may_hold(state: State, job: Job, slot: int) -> bool:
@@ -213,10 +222,7 @@ def _clear_any(trial: _Trial, job: Job, able: Sequence[int], leaving: bool) -> T
 
 def _clear(trial: _Trial, job: Job, slot: int, barred: Collection[int], leaving: bool) -> bool:
     """Free ``slot`` for one place of ``job``, all of it where the place needs it whole."""
-    state = trial.state
-    size, whole = state.problem.size(job, slot) or 0, job.team or state.problem.gpus[slot] > 1
-    while state.heads[slot] if whole or state.taken[slot] else state.free[slot] < size:
-        lack = EVERYTHING if whole or state.taken[slot] else size - state.free[slot]
+    while (lack := _lack(trial.state, job, slot)) > 0:
         if not (_one_moves(trial, slot, lack, barred) or (leaving and _one_leaves(trial, job, slot))):
             return False
     return True

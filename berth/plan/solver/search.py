@@ -59,19 +59,23 @@ def find(base: State, effort: Effort, max_moves: int | None, repack: bool) -> Fo
     start = heuristic(base)
     if not _is_large(base.problem):
         level(start, Budget(base, 0))
-    if not whole(start) and base.problem.before is not None:
-        start = best((start, make_room(base, start, max_moves)))
+    start = _roomier(base, start, max_moves)
     if repack:
         start = best((start, _improved(base, start, max_moves or 0)))
     if importlib.util.find_spec("ortools") is None or importlib.util.find_spec("numpy") is None:
         return Found(start, "greedy")
     small = base.problem.total_gpus <= effort.exact_gpus
     found = _small(base, start, effort, max_moves, repack) if small else _large(base, start)
-    if whole(found.state) or found.optimal or base.problem.before is None:
-        return found
     # Packed anew, there may be another way in.
-    again = make_room(base, found.state, max_moves)
-    return replace(found, state=again) if unplaced(again) < unplaced(found.state) else found
+    return found if found.optimal else replace(found, state=_roomier(base, found.state, max_moves))
+
+
+def _roomier(base: State, state: State, max_moves: int | None) -> State:
+    """``state``, or with more placed where what stands can make room."""
+    if whole(state) or base.problem.before is None:
+        return state
+    more = make_room(base, state, max_moves)
+    return more if unplaced(more) < unplaced(state) else state
 
 
 def _improved(base: State, start: State, max_moves: int) -> State:
@@ -146,7 +150,7 @@ def _small(base: State, start: State, effort: Effort, max_moves: int | None, rep
     problem = base.problem
     plain = all(job.simple and job.strategy == "pack" for job in problem.jobs)
     bounds = bound.prove(start, (), 1, quick=not _packs(problem))
-    if not repack and _at_bound(base, start, bounds):
+    if not repack and _keeps(base, start) and _at_bound(base, start, bounds):
         return Found(start, "greedy, proven", bounds.gpus, bounds.cost, True)
     state, least = start, exact.Least(*_least(base, bounds.cost, bounds.gpus))
     if not repack and any(job.simple and job.strategy == "pack" for job in problem.jobs) and _keeps(base, start):

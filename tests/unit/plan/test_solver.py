@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -14,7 +16,13 @@ from hypothesis import strategies as st
 
 from berth.codec import replace
 from berth.plan.planner import Options, solve
+from berth.plan.solver.bins import whole_packing
+from berth.plan.solver.bound import prove
+from berth.plan.solver.columns import Goal, by_volume, proven, worths
 from berth.plan.solver.knapsack import fill
+from berth.plan.solver.problem import MICRO, build_problem
+from berth.plan.solver.search import heuristic
+from berth.plan.solver.state import State
 from berth.plan.types import Deployment, Slot
 from tests.unit.plan.helpers import A100, L40S, T4, promised, slot
 
@@ -141,3 +149,101 @@ def test_the_plan_is_the_same_in_every_process():
     ]
     assert told[0] == told[1]
     assert len(told[0].splitlines()) == 4
+
+
+# --- The bound --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def packings(draw: st.DrawFn) -> tuple[tuple[Slot, ...], tuple[Deployment, ...]]:
+    """Up to five GPUs of unequal products, size and cost, with singles and a pair on them."""
+    slots = tuple(
+        replace(
+            slot(f"h{n // 3}-{n % 3}", draw(st.sampled_from([10_000, 14_000, 20_000])), product=product),
+            cost=draw(st.sampled_from([1.0, 1.0, 0.5, 2.5])),
+        )
+        for n, product in enumerate(draw(st.lists(st.sampled_from([L40S, A100]), min_size=1, max_size=5)))
+    )
+    # Those that fill a GPU to the last MiB leave a bound no room for error.
+    size = st.sampled_from([2_500, 5_000, 5_000, 7_000, 10_000, 10_000, 20_000]) | st.integers(1_000, 19_999)
+    deployments = [
+        Deployment(
+            f"m{n}", draw(st.integers(1, 4 - n)), {L40S: draw(size), A100: draw(size)}, priority=draw(st.integers(0, 1))
+        )
+        for n in range(draw(st.integers(1, 2)))
+    ]
+    if draw(st.booleans()):
+        deployments.append(Deployment("pair", 1, {"default": draw(size)}, 2))
+    return slots, tuple(deployments)
+
+
+def every_load(slots: tuple[Slot, ...], deployments: tuple[Deployment, ...]) -> Iterator[tuple[set[int], Counter[str]]]:
+    """Slots in use and replicas placed, for every way to place each replica or leave it out."""
+    units = [item for item in deployments for _ in range(item.replicas)]
+
+    def fits(item: Deployment, number: int) -> bool:
+        return (item.footprint_mib(slots[number].product) or 0) <= slots[number].free_mib
+
+    choices: list[list[tuple[int, ...]]] = []
+    for unit in units:
+        homes = [
+            team
+            for team in itertools.combinations(range(len(slots)), unit.gpus_per_replica)
+            if all(fits(unit, number) for number in team)
+            and len({(slots[number].host, slots[number].product) for number in team}) == 1
+        ]
+        choices.append([(), *homes])
+    for way in itertools.product(*choices):
+        held, alone = Counter[int](), Counter[int]()
+        for unit, team in zip(units, way, strict=True):
+            for number in team:
+                held[number] += unit.footprint_mib(slots[number].product) or 0
+                alone[number] += 100 if len(team) > 1 else 1
+        if all(held[n] <= slots[n].free_mib and alone[n] <= 100 for n in held):
+            yield set(held), Counter(unit.name for unit, team in zip(units, way, strict=True) if team)
+
+
+@settings(max_examples=60, deadline=None)
+@given(packings(), st.sampled_from([1, 4, 16]), st.data())
+def test_no_plan_that_places_as_many_is_below_the_bound(case, unit, data):
+    slots, deployments = case
+    problem = build_problem(slots, deployments, "pack", None, True)
+    state = heuristic(State(problem))
+    levels = sorted({item.priority for item in deployments}, reverse=True)
+
+    def by_level(placed: Counter[str]) -> list[int]:
+        return [sum(placed[item.name] for item in deployments if item.priority == level) for level in levels]
+
+    mine = Counter({job.name: state.placed[job.index] for job in problem.jobs})
+    ways = [
+        used
+        for used, placed in every_load(slots, deployments)
+        if all(theirs >= ours for theirs, ours in zip(by_level(placed), by_level(mine), strict=True))
+    ]
+    gpus, cost = min(len(used) for used in ways), min(sum(problem.costs[n] for n in used) for used in ways)
+    bounds = prove(state, (), unit, quick=data.draw(st.booleans()))
+    assert bounds.gpus <= gpus
+    assert bounds.cost <= cost
+    # Whatever the prices are, what they prove holds.
+    packing = whole_packing(state)
+    prices = tuple(data.draw(st.integers(0, 3_000_000)) for _ in packing.items)
+    floors = tuple(
+        sum(min(item.demand, state.placed[item.job.index]) for item in packing.items if item.level == level)
+        for level in range(1 + max(item.level for item in packing.items))
+    )
+    for goal, least in (
+        (Goal(tuple(bins.cost for bins in packing.bins), floors), cost),
+        (Goal(tuple(bins.gpus * MICRO for bins in packing.bins), floors), gpus * MICRO),
+    ):
+        for row in (prices, by_volume(packing, goal)):
+            assert proven(packing, goal, row, worths(packing, row, unit)) <= least
+
+
+def test_the_bound_counts_each_products_gpus():
+    # By size a replica is worth its part of the largest card; but there are few of those.
+    slots = [slot(f"big-{n}", 80_000, product=A100) for n in range(2)] + [slot(f"s-{n}", 20_000) for n in range(200)]
+    asked = [Deployment(f"m{n:02}", 10, {"default": 4_700 + 17 * n}) for n in range(30)]
+    solution = solve(slots, asked, "pack", options=Options(exact_gpus=0))
+    volume = sum(item.replicas * item.vram_mib["default"] for item in asked)
+    assert solution.summary.lower_bound_gpus >= 2 + -(-(volume - 160_000) // 20_000)
+    assert solution.summary.lower_bound_gpus <= solution.summary.gpus_used

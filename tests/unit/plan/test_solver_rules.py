@@ -93,6 +93,9 @@ def test_a_cordoned_slot_takes_nothing_new_and_keeps_what_stands():
     assert where(after, "b") == {"gpu00-1": 1}
     none = make_plan([replace(item, cordoned=True) for item in slots], [model("a", 1, 4_000)], "pack")
     assert "uncordon gpu00-0 or gpu00-1" in none.unplaced[0].reason
+    short = make_plan([replace(slots[0], cordoned=True), slots[1]], [model("c", 2, 9_000)], "pack").unplaced[0].reason
+    assert "largest free is 1.0 GiB (1000 MiB, L40S gpu00-1); free in all 1.0 GiB" in short
+    assert "free by slot: gpu00-0 9.8 (cordoned), gpu00-1 1.0" in short
 
 
 def test_balanced_levels_load_not_memory():

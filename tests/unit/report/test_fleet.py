@@ -134,6 +134,13 @@ class Page(HTMLParser):
             self.open.pop()
 
 
+def test_room_that_is_missing_is_told_where_every_replica_has_its_place():
+    growing = replace(model("chat", 1, 30_000), max_replicas=3)
+    solution = solve([slot("a-0"), slot("b-0")], [growing], "pack")
+    assert "NOT PLACED: room for 1 more<" in fleet_svg(solution)
+    assert "chat: room for 1 more" in fleet_html(solution)
+
+
 def test_a_page_is_whole_by_itself_and_lists_every_berth():
     solution = solved()
     text = fleet_html(solution, notes=["a <note>"], changes=["start chat@a-0"])
