@@ -80,13 +80,16 @@ def render(base: Path, **extra: Any) -> dict[str, Path]:
             "vars": {key: value for key, value in defaults.items() if key not in known},
             "tasks": [
                 *({"ansible.builtin.include_vars": {"file": str(path)}} for path in files[len(roles) :]),
-                {
-                    "ansible.builtin.template": {
-                        "src": str(ROOT / "roles/firewall/templates/berth.nft.j2"),
-                        "dest": f"{base}/{{{{ inventory_hostname }}}}.nft",
-                        "mode": "0644",
+                *(
+                    {
+                        "ansible.builtin.template": {
+                            "src": str(ROOT / f"roles/firewall/templates/{template}.j2"),
+                            "dest": f"{base}/{{{{ inventory_hostname }}}}{suffix}",
+                            "mode": "0644",
+                        }
                     }
-                },
+                    for template, suffix in (("berth.nft", ".nft"), ("berth-firewall.service", ".service"))
+                ),
             ],
         }
     ]
@@ -119,6 +122,16 @@ def test_a_host_guards_its_own_nodes_ports(rules: dict[str, Path]) -> None:
         assert "32768-60999" in text
         assert "flush" not in text, "other tables are not Berth's"
         assert text.index("dport { 22 } accept") < text.index("drop")
+
+
+def test_systemd_reads_the_unit_and_loads_it_before_there_is_a_network(rules: dict[str, Path]) -> None:
+    unit = rules["gpu01"].with_suffix(".service")
+    assert "Before=network-pre.target" in unit.read_text()
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("systemd-analyze is not installed here")
+    done = subprocess.run([analyze, "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False)
+    assert not [line for line in done.stderr.splitlines() if "gpu01.service" in line], done.stderr
 
 
 def in_a_namespace(*command: str) -> subprocess.CompletedProcess[str]:
