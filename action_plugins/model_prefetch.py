@@ -41,6 +41,8 @@ class ActionModule(ActionBase):
             for line in progress_lines(answer["models"], rates) if done != earlier else []:
                 display.display(f"  {host}  {line}")
             earlier, then = done, now
+        if begun.get("attached"):
+            return self.run(tmp, task_vars)
         return result | begun | {"state": "done", "models": answer["models"]}
 
     def _pass(self, args: dict[str, Any], phase: str, task_vars: Any) -> dict[str, Any]:

@@ -83,6 +83,11 @@ models:
   type: list
   elements: dict
   sample: [{repo: Qwen/Qwen3-8B, state: done, done: 16397461266, total: 16397461266}]
+attached:
+  description: Another download into this cache runs; it is waited for, then asked again.
+  returned: when that is so
+  type: bool
+  sample: true
 missing_bytes:
   description: What was missing before.
   returned: in phase first
@@ -169,6 +174,15 @@ def read_status(directory: Path) -> dict:
         return {"state": "running", "models": [], "error": ""}
 
 
+def running(directory: Path) -> bool:
+    """Whether the download that was started last still runs; its pid may be somebody else's by now."""
+    try:
+        command = Path("/proc", (directory / "pid").read_text().strip(), "cmdline").read_bytes()
+    except (OSError, ValueError):
+        return False
+    return b"berth.host.hub" in command
+
+
 def first(module: AnsibleModule) -> None:
     """Look for directories, ask the hub, and start the download where something is missing."""
     params = module.params
@@ -184,6 +198,9 @@ def first(module: AnsibleModule) -> None:
     if module.check_mode:
         with tempfile.TemporaryDirectory() as temporary:
             needs = ask(module, write_job(params, Path(temporary)))
+    elif running(directory):
+        # Somebody else's, or one that was interrupted here; this job comes after it.
+        module.exit_json(changed=False, state="running", attached=True, models=read_status(directory)["models"])
     else:
         prepare(params, directory)
         needs = ask(module, write_job(params, directory))
@@ -226,14 +243,11 @@ def following(module: AnsibleModule) -> None:
     """How far the download is; fails when it failed, or ended without a word."""
     directory = home(module.params)
     (directory / "heartbeat").touch()
-    try:
-        alive = Path("/proc", (directory / "pid").read_text().strip(), "stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        alive = ""
+    alive = running(directory)
     status = read_status(directory)
     if status["state"] == "failed":
         module.fail_json(msg=status["error"], models=status["models"])
-    if status["state"] == "running" and alive in ("", "Z"):
+    if status["state"] == "running" and not alive:
         log = (directory / "log").read_text(errors="replace")[-500:]
         module.fail_json(msg=f"the download ended without a word; mend: run it again, it goes on; its log: {log}")
     module.exit_json(changed=False, state=status["state"], models=status["models"])

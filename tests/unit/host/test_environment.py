@@ -31,7 +31,7 @@ from berth.host.environment import (
     superfluous,
     used,
 )
-from tests.unit.roles.wheels import write_wheel
+from tests.wheels import write_wheel
 
 LOCK = {"tiny": "1.0", "other-one": "2.0+cpu"}
 

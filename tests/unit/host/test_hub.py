@@ -137,6 +137,7 @@ def test_a_model_is_fetched_once_and_serves_an_offline_engine(
         assert not cache.exists()
         begun = module(runtime, hub, cache)
         assert (begun["state"], begun["changed"]) == ("running", True)
+        assert module(runtime, hub, cache)["attached"], "a second operator waits for the first one's"
         assert not list(cache.glob("*/refs/*")), "engines that start now would look for what is not there yet"
         answers = until_done(runtime, hub, cache)
         seen = [item["done"] for answer in answers for item in answer["models"]]

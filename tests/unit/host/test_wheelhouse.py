@@ -10,7 +10,7 @@ import pytest
 
 from berth.errors import BerthError
 from berth.host.wheelhouse import Target, build, check, main, packed_lock, platform_tags
-from tests.unit.roles.wheels import write_wheel
+from tests.wheels import write_wheel
 
 
 @pytest.fixture

