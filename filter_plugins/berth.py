@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
@@ -12,7 +13,7 @@ from ansible.errors import AnsibleFilterError
 from berth.codec import load
 from berth.errors import BerthError
 from berth.host import addresses, environment, wheelhouse
-from berth.plan import models
+from berth.plan import models, store
 from berth.plan.apps import load_apps
 from berth.plan.types import Plan
 from berth.ray import ports, start
@@ -93,6 +94,12 @@ def host_models(plan: str, apps: str, host: str) -> list[dict[str, str]]:
     return list(_told(found))
 
 
+def berths_by_gpu(path: str, host: str) -> dict[str, list[str]]:
+    """See berth.plan.store.berths_by_gpu; no plan, no berths."""
+    found: dict[str, list[str]] = _told(lambda: store.berths_by_gpu(store.read_plan(Path(path)), host))
+    return found
+
+
 FILTERS: dict[str, Callable[..., Any]] = {
     "node_digest": start.digest,
     "slot_nodes": slot_nodes,
@@ -106,6 +113,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "environment_differences_text": environment_differences_text,
     "runtime_rolled_back": runtime_rolled_back,
     "host_models": host_models,
+    "berths_by_gpu": berths_by_gpu,
 }
 
 

@@ -42,6 +42,16 @@ def read_plan(path: Path) -> Plan | None:
     return plan
 
 
+def berths_by_gpu(plan: Plan | None, host: str) -> dict[str, list[str]]:
+    """The names of the berths on each GPU (UUID) of ``host``, sorted."""
+    found: dict[str, list[str]] = {}
+    for slot in plan.slots if plan else ():
+        names = sorted(berth.name for berth in plan.berths if berth.slot == slot.name) if plan else []
+        if slot.host == host and names:
+            found |= dict.fromkeys(slot.gpu_uuids, names)
+    return found
+
+
 def write_plan(path: Path, plan: Plan) -> bool:
     """Write ``plan`` when it differs from what is there; True when it was written.
 
