@@ -69,7 +69,7 @@ lab-down: setup ## Remove the lab's hosts
 	@$(PLAYBOOK) -i inventories/lab molecule/shared/destroy.yml $(ARGS)
 
 lab-ssh: ## A shell on a lab host: HOST=gpu01
-	@$(BIN)/python -m tests.lab $(HOST)
+	@ssh -F .berth/lab/ssh/config $(HOST)
 
 wheelhouse: setup ## Wheels of the locks in .berth/wheelhouse, for hosts without a package index (LOCKS="agent.txt runtime-gpu.txt" HOST_PYTHON=3.12)
 	@$(BIN)/python -m berth.host.wheelhouse $(WHEELHOUSE) $(foreach lock,$(LOCKS),$(or $(wildcard roles/*/files/$(lock)),$(lock))) \

@@ -184,11 +184,3 @@ def unit(host: Host, name: str) -> dict[str, str]:
     """What systemd has loaded for a unit, by property."""
     shown = host.check_output("systemctl show %s", name)
     return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-
-
-if __name__ == "__main__":
-    # `make lab-ssh HOST=gpu01`: the same way in as Ansible's.
-    os.environ.setdefault("LAB_INVENTORY", str(ROOT / "inventories/lab"))
-    told = ansible_inventory("--host", sys.argv[1])
-    options = ["-i", told["ansible_ssh_private_key_file"], *told["ansible_ssh_common_args"].split()]
-    os.execvp("ssh", ["ssh", *options, f"{told['ansible_user']}@{told['ansible_host']}"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from testinfra.host import Host
 
-testinfra_hosts = ["ansible://berth"]
+testinfra_hosts = ["ssh://head01", "ssh://gpu01", "ssh://gpu02"]
 
 
 def test_no_unit_is_left(host: Host) -> None:

@@ -6,7 +6,7 @@ from testinfra.host import Host
 
 from tests.lab import Lab, unit
 
-testinfra_hosts = ["ansible://gpu02"]
+testinfra_hosts = ["ssh://gpu02"]
 
 
 def test_the_witnesses_agree_again(lab: Lab) -> None:

@@ -6,7 +6,7 @@ from testinfra.host import Host
 
 from tests.lab import Lab, gpus_of, name_of, ray
 
-testinfra_hosts = ["ansible://berth"]
+testinfra_hosts = ["ssh://head01", "ssh://gpu01", "ssh://gpu02"]
 
 
 def test_ray_has_a_node_per_slot_with_its_labels(host: Host, lab: Lab) -> None:

@@ -8,7 +8,7 @@ from testinfra.host import Host
 
 from tests.lab import Lab, name_of, unit
 
-testinfra_hosts = ["ansible://berth"]
+testinfra_hosts = ["ssh://head01", "ssh://gpu01", "ssh://gpu02"]
 
 
 def units_of(lab: Lab, host: Host) -> list[str]:

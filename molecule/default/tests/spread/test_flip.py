@@ -8,7 +8,7 @@ from testinfra.host import Host
 
 from tests.lab import Lab, gpus_of, name_of
 
-testinfra_hosts = ["ansible://berth"]
+testinfra_hosts = ["ssh://head01", "ssh://gpu01", "ssh://gpu02"]
 
 
 def test_a_model_stands_in_both_racks(lab: Lab) -> None:
