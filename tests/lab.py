@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from testinfra.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+SSH = ROOT / ".berth/lab/ssh/config"
 LOG_CHARACTERS = 6000
 READ_GPUS = """
 import json
@@ -90,10 +90,10 @@ class Run:
 class Lab:
     """The cluster of the lab as its three witnesses show it, and the runs that change it."""
 
-    @cached_property
-    def variables(self) -> dict[str, dict[str, Any]]:
-        """The inventory's variables by host."""
-        return dict(ansible_inventory("--list")["_meta"]["hostvars"])
+    def address(self, host: str) -> str:
+        """Where the host is on the lab's network."""
+        shown = subprocess.run(["ssh", "-G", "-F", str(SSH), host], capture_output=True, text=True, check=True).stdout
+        return next(line.split()[1] for line in shown.splitlines() if line.startswith("hostname "))
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Lab:
 
     def chat(self, host: str) -> int:
         """The status that the API on ``host`` answers a question with."""
-        url = f"http://{self.variables[host]['ansible_host']}:8000/v1/chat/completions"
+        url = f"http://{self.address(host)}:8000/v1/chat/completions"
         return requests.post(url, json={"model": "chat", "messages": []}, timeout=20).status_code
 
 

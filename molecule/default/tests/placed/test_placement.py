@@ -21,7 +21,7 @@ def test_ray_has_a_node_per_slot_with_its_labels(host: Host, lab: Lab) -> None:
         assert node["labels"]["berth.gpu"] == ".".join(slot["gpu_uuids"])
         assert node["labels"]["berth.rack"] == slot["rack"]
         assert node["resources_total"]["VRAM_MB"] == slot["vram_mib"]
-        assert node["node_ip"] == lab.variables[slot["host"]]["ansible_host"]
+        assert node["node_ip"] == lab.address(slot["host"])
 
 
 def test_the_driver_shows_each_replica_on_its_gpu(host: Host, lab: Lab) -> None:
@@ -32,7 +32,7 @@ def test_the_driver_shows_each_replica_on_its_gpu(host: Host, lab: Lab) -> None:
         for uuid in slot["gpu_uuids"]:
             holders = gpus[uuid]["processes"]
             assert len(holders) == sum(berth["replicas"] for berth in berths)
-            held = sum(process["used_mib"] for process in holders)
+            held = sum(process["vram_mib"] for process in holders)
             assert 0 < held <= promised if berths else held == 0
             for process in holders:
                 environ = host.check_output("tr '\\0' '\\n' </proc/%s/environ | grep -c .", str(process["pid"]))
