@@ -79,7 +79,7 @@ class Host:
         # Nothing but the wheelhouse may be found.
         env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_INDEX_URL": "http://127.0.0.1:9/"}
         command = [str(BIN / "ansible-playbook"), str(self.where / "play.yml"), "-i", str(ROOT / "inventories/local")]
-        command += ["-e", json.dumps(variables), "-e", f"berth_root={ROOT}", *args]
+        command += ["-e", json.dumps(variables), *args]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         return Play(done.returncode, done.stdout + done.stderr)
 
