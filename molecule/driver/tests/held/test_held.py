@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from molecule.driver.tests.hosts import library, loaded, name, would_change
+from hosts import library, loaded, name, would_change
 
 testinfra_hosts = ["ansible://gpu01", "ansible://gpu02", "ansible://gpu04"]
 

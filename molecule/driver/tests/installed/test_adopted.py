@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from molecule.driver.tests.hosts import held, loaded
+from hosts import held, loaded
 
 testinfra_hosts = ["ansible://gpu03"]
 

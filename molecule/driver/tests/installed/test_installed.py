@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from molecule.driver.tests.hosts import ROOT, held, library, loaded, name, would_change
+from hosts import ROOT, held, library, loaded, name, would_change
 
 testinfra_hosts = ["ansible://gpu01", "ansible://gpu02", "ansible://gpu04"]
 RELEASE = "580.159.04"
