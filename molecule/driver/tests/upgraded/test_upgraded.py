@@ -29,7 +29,7 @@ def test_units_of_berth_came_back_with_the_boot(host: Any) -> None:
 def test_one_host_at_a_time(host: Any) -> None:
     """The second host's units were stopped only after the first one had booted."""
     if name(host) == "gpu02":
-        first = host.get_host("ansible://gpu01", ansible_inventory=host.backend.ansible_inventory)
+        first = host.get_host(f"ansible://gpu01?force_ansible=True&ansible_inventory={host.backend.ansible_inventory}")
         stopped = host.check_output("stat --format %Y /var/lib/dpkg/info/nvidia-driver-cuda.list")
         booted = first.check_output("systemctl show --property=UserspaceTimestamp --value")
         assert int(stopped) > int(first.check_output(f"date --date '{booted}' +%s"))
