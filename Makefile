@@ -56,7 +56,7 @@ e2e: setup ## The main job on real Ray and the real engine, then the unit tests 
 	@$(BIN)/pytest tests/unit -m runtime $(ARGS)
 
 molecule: setup ## One scenario on lab hosts: SCENARIO=default|driver|upgrade|faults|gpu
-	@$(MAKE) --no-print-directory wheelhouse LOCKS="$(LOCKS) $(wildcard molecule/$(SCENARIO)/files/runtime-*.txt)"
+	@$(MAKE) --no-print-directory wheelhouse ARGS= LOCKS="$(LOCKS) $(wildcard molecule/$(SCENARIO)/files/runtime-*.txt)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule test --scenario-name $(SCENARIO) $(ARGS)
 
 lab-engine: ## A Docker engine, where none answers (root, Debian or Ubuntu)
