@@ -87,13 +87,19 @@ def have(module: AnsibleModule, wanted: dict[str, str | None]) -> str | None:
 
 
 def main() -> None:
-    spec = {
-        "path": {"type": "path", "required": True},
-        "mode": {"type": "str", "required": True},
-        "owner": {"type": "str"},
-    }
     module = AnsibleModule(
-        argument_spec={"directories": {"type": "list", "elements": "dict", "required": True, "options": spec}},
+        argument_spec={
+            "directories": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": {
+                    "path": {"type": "path", "required": True},
+                    "mode": {"type": "str", "required": True},
+                    "owner": {"type": "str"},
+                },
+            }
+        },
         supports_check_mode=True,
     )
     try:

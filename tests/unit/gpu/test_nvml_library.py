@@ -18,8 +18,10 @@ from berth.gpu.sim.profile import expand, parse, read_yaml, shipped
 
 EXPECTED = {
     "a100-mig": ["NVIDIA A100-SXM4-80GB"] * 2,
+    "h100-x2": ["NVIDIA H100 80GB HBM3"] * 2,
     "h100-x2-l40s-x2": ["NVIDIA H100 80GB HBM3"] * 2 + ["NVIDIA L40S"] * 2,
     "h200-x8-nvlink": ["NVIDIA H200"] * 8,
+    "l40s-x2": ["NVIDIA L40S"] * 2,
     "l40s-x4": ["NVIDIA L40S"] * 4,
 }
 EVERY_CARD = """

@@ -69,7 +69,8 @@ def test_apps_are_deployed_from_the_head_alone() -> None:
         )
         if role.get("name") == "serve_apps" and role.get("tasks_from", "main") == "main":
             callers.append((path.name, task.get("when")))
-    assert callers == [("site.yml", "inventory_hostname in groups['ray_head']")]
+    assert {name for name, _ in callers} == {"site.yml", "scale_out.yml", "rotate_secrets.yml", "roll.yml"}
+    assert {when for _, when in callers} == {"inventory_hostname in groups['ray_head']"}
     modules = [path.relative_to(ROOT).as_posix() for path, task in every_task() if "serve_application" in task]
     assert modules == ["roles/serve_apps/tasks/main.yml"]
 
@@ -90,10 +91,14 @@ def test_there_is_no_default_password() -> None:
         f"{path.relative_to(ROOT)}: {name}"
         for path in files
         for name, value in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).items()
-        if re.search(r"password|passwd|secret|token|api_key", name) and value and "/" not in str(value)
+        if re.search(r"password|passwd|secret|token|api_key", name)
+        and value
+        and "/" not in str(value)
+        # A template is no word: what it may be made of are variables, looked at here as well.
+        and not str(value).startswith("{{")
     }
     assert given == set()
-    (made,) = [task for _, task in every_task() if task.get("name") == "Make Ray's token, once"]
+    (made,) = [task for _, task in every_task() if task.get("name") == "Make Ray's token where there is none"]
     assert "length=64" in made["ansible.builtin.copy"]["content"]
     assert (made["no_log"], made["ansible.builtin.copy"]["mode"]) == (True, "0600")
 
