@@ -11,7 +11,8 @@ fi
 export DEBIAN_FRONTEND=noninteractive
 command -v dockerd >/dev/null && command -v mmdebstrap >/dev/null || {
     apt-get update -qq
-    apt-get install -qq -y --no-install-recommends docker.io iptables mmdebstrap openssh-client >/dev/null
+    # With what they recommend: cgroupfs-mount among them, where no init has mounted the control groups.
+    apt-get install -qq -y docker.io iptables mmdebstrap openssh-client >/dev/null
 }
 mkdir -p "$state"
 if [ -d /run/systemd/system ]; then
