@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 LAB = ROOT / "inventories/lab"
 INVENTORY = ROOT / ".berth/lab-bench"
 WHEELHOUSE = ROOT / ".berth/wheelhouse"
-NAME, NETWORK = "berth-bench", "172.31.78"
+NAME, NETWORK = "berth-bench", "172.31.79"
 PROFILES = ("l40s-x2", "h100-x2")
 MOST_NO_CHANGE = 1.5
 """A run that changes nothing may take this much of verification and fact gathering together."""
