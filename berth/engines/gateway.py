@@ -9,7 +9,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, OpenAiIngress, make_fastapi_ingress
 from starlette.responses import JSONResponse
 
-from berth.engines.routes import Routes, serve_handle
+from berth.engines.routes import Routes, choose_or_http, serve_handle
 
 
 class RerankRequest(BaseModel):
@@ -38,14 +38,14 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
         }
 
     def _get_configured_serve_handle(self, model_id: str) -> Any:
-        return self._routes.choose(model_id)[0]
+        return choose_or_http(self._routes, model_id)[0]
 
     async def _get_response(self, *, body: Any, call_method: str, raw_request: Any = None) -> Any:
         from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
         from ray.llm._internal.serve.core.protocol import RawRequestInfo
 
         model_id = await self._get_model_id(body.model)
-        handle, name = self._routes.choose(model_id)
+        handle, name = choose_or_http(self._routes, model_id)
         if call_method == "chat":
             body = _sanitize_chat_completion_request(body)
         info = RawRequestInfo.from_starlette_request(raw_request) if raw_request is not None else None

@@ -12,7 +12,7 @@ from fastapi import Body, FastAPI, HTTPException
 from ray import serve
 from starlette.responses import JSONResponse
 
-from berth.engines.routes import Routes, serve_handle
+from berth.engines.routes import Routes, choose_or_http, serve_handle
 
 app = FastAPI()
 
@@ -58,6 +58,6 @@ class LightGateway:
     async def _answer(self, method: str, body: dict[str, Any]) -> JSONResponse:
         if body.get("stream"):
             raise HTTPException(400, "a light replica does not stream; found: stream: true; allowed: false")
-        handle, name = self._routes.choose(str(body.get("model", "")))
+        handle, name = choose_or_http(self._routes, str(body.get("model", "")))
         parts = [part async for part in self._routes.call(handle, name, method, body)]
         return JSONResponse(parts[0])

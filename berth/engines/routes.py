@@ -6,9 +6,15 @@ import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from fastapi import HTTPException
-
 RETRY_AFTER_S = 5
+
+
+class NoBerthError(Exception):
+    """Nobody answers for a model: the HTTP ``status`` (404 unknown, 503 none runs now), its detail and headers."""
+
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers
 
 
 class Routes:
@@ -46,13 +52,13 @@ class Routes:
         """A handle and its berth's name.
 
         Raises:
-            HTTPException: 404 for a model that is not in the table, 503 for one without a berth.
+            NoBerthError: 404 for a model that is not in the table, 503 for one without a berth.
         """
         berths = self._berths.get(model)
         if berths is None:
-            raise HTTPException(404, f'Could not find model with id "{model}".')
+            raise NoBerthError(404, f'Could not find model with id "{model}".')
         if not berths:
-            raise HTTPException(
+            raise NoBerthError(
                 503,
                 f'Model "{model}" has no berth that runs now; try again shortly.',
                 headers={"Retry-After": str(RETRY_AFTER_S)},
@@ -69,6 +75,16 @@ class Routes:
                 yield part
         finally:
             self._outstanding[name] = self._outstanding.get(name, 1) - 1
+
+
+def choose_or_http(routes: Routes, model: str) -> tuple[Any, str]:
+    """``routes.choose``, its refusal as FastAPI's exception."""
+    from fastapi import HTTPException
+
+    try:
+        return routes.choose(model)
+    except NoBerthError as error:
+        raise HTTPException(error.status, error.detail, headers=error.headers) from None
 
 
 def serve_handle(model: str, app: str) -> Any:

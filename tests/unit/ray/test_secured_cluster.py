@@ -64,7 +64,7 @@ class Secured:
 
 def write(base: Path, node: NodeConfig) -> Path:
     path = base / f"{'head' if node.kind == 'head' else f'slot-{node.name}'}.json"
-    path.write_text(json.dumps(dump(node)))
+    path.write_text(json.dumps({node.name: dump(node)}))
     return path
 
 
@@ -133,7 +133,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory, runtime: str) -> Iterator[
             with (base / f"{item.name}.log").open("wb") as log:
                 started.append(
                     subprocess.Popen(
-                        [runtime, "-m", "berth.ray.launch", str(write(base, item))],
+                        [runtime, "-m", "berth.ray.launch", str(write(base, item)), item.name],
                         env={**os.environ, "PYTHONPATH": str(ROOT)},
                         stdout=log,
                         stderr=subprocess.STDOUT,
