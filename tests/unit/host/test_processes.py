@@ -13,15 +13,10 @@ import pytest
 
 from berth.host.ports import ports_in_use
 from berth.host.processes import Mark, mark_of, own_processes, terminate, write_mark
+from tests.titles import OVERWRITE_ENVIRONMENT
 
 CLUSTER = f"unit-{os.getpid()}"
 WAIT = "print(flush=True); input()"
-# What setproctitle does to a process: its title is written over the environment it was started with.
-OVERWRITE = """
-import ctypes
-start = int(open('/proc/self/stat').read().rpartition(')')[2].split()[47])
-ctypes.memset(start, 32, 200)
-"""
 
 Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -59,7 +54,7 @@ def test_the_mark_file_tells_where_the_environment_was_overwritten(start: Start,
     mark = Mark(CLUSTER, "slot@a-0", "a-0")
     write_mark(tmp_path, mark)
     env = {"BERTH_CLUSTER": CLUSTER, "PADDING": "x" * 400}
-    child = start(OVERWRITE + WAIT, env=env, cwd=tmp_path)
+    child = start(OVERWRITE_ENVIRONMENT + WAIT, env=env, cwd=tmp_path)
     assert b"BERTH_CLUSTER" not in Path(f"/proc/{child.pid}/environ").read_bytes()
     assert mark_of(child.pid) == mark
 

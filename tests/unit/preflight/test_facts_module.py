@@ -20,17 +20,13 @@ import pytest
 from berth.codec import load
 from berth.host.processes import CLUSTER_VARIABLE, MARK_FILE, Mark, cluster_of, write_mark
 from berth.preflight.facts import HostFacts
+from tests.titles import OVERWRITE_ENVIRONMENT
 from tests.unit.preflight.builders import ROOT
 
 MODULE = ROOT / "library/preflight_facts.py"
 TREE = ast.parse(MODULE.read_text(encoding="utf-8"), feature_version=(3, 9))
 CLUSTER = f"preflight-{os.getpid()}"
 WAIT = "print(flush=True); input()"
-OVERWRITE = """
-import ctypes
-start = int(open('/proc/self/stat').read().rpartition(')')[2].split()[47])
-ctypes.memset(start, 32, 200)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +127,7 @@ def test_it_knows_berths_processes_as_berth_does(module: ModuleType, tmp_path: P
     assert module.CLUSTER_VARIABLE.decode() == f"{CLUSTER_VARIABLE}="
     assert module.MARK_FILE == MARK_FILE
     write_mark(tmp_path, Mark(CLUSTER, "slot@a-0", "a-0"))
-    command = [sys.executable, "-c", (OVERWRITE if overwritten else "") + WAIT]
+    command = [sys.executable, "-c", (OVERWRITE_ENVIRONMENT if overwritten else "") + WAIT]
     environment = {**os.environ} if overwritten else {**os.environ, "BERTH_CLUSTER": CLUSTER}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, env=environment
