@@ -86,6 +86,11 @@ reasons:
   type: list
   elements: str
   sample: ["numpy 2.3.5 is damaged (numpy/version.py)"]
+wheel:
+  description: Which wheel of Berth's own was installed into it, or empty.
+  returned: always
+  type: str
+  sample: 0a4d55a8d778e5022fab701977c5d840bbc486d0
 current:
   description: Name of the complete environment that the link C(current) beside it points to, or empty.
   returned: always
@@ -131,6 +136,7 @@ def look(path: Path, lock: str) -> dict:
         "recorded": found.recorded is not None,
         "record": record(found),
         **(asdict(todo) if found.complete else {"install": [], "remove": [], "reasons": []}),
+        "wheel": found.wheel,
         "current": linked(path.parent / "current"),
         "previous": linked(path.parent / "previous"),
         "environments": [item.name for item in environments(path.parent)],

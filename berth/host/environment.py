@@ -24,8 +24,9 @@ from berth.errors import BerthError
 
 COMPLETE = ".complete"
 """The file that an environment gets last: its package list as it was when everything was there."""
+WHEEL = ".berth-wheel"
 OWN = "berth"
-"""Berth's own wheel changes with every commit and is looked after apart (``.berth-wheel``)."""
+"""Berth's own wheel changes with every commit and is looked after apart (``WHEEL``)."""
 _NAME = re.compile(r"^[0-9a-f]{12}$")
 _IGNORED = ("INSTALLER", "REQUESTED", "RECORD", "direct_url.json")
 """Of a package's metadata: how it came, not what it is."""
@@ -47,7 +48,8 @@ class Environment:
     """An environment as it is now.
 
     ``packages`` by normalized name. ``damaged``: package -> a file that is gone or has another size. ``recorded``: the
-    packages when it was completed; None for an environment that never was, or that an earlier Berth made.
+    packages when it was completed; None for an environment that never was, or that an earlier Berth made. ``wheel``:
+    which wheel of Berth's own was put into it, "" where none was.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Environment:
     packages: dict[str, Package] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
     recorded: dict[str, Package] | None = None
+    wheel: str = ""
 
     @property
     def hash(self) -> str:
@@ -88,6 +91,7 @@ def read_environment(path: Path) -> Environment:
         packages=found,
         damaged=damaged,
         recorded=_recorded(path / COMPLETE),
+        wheel=_wheel(path),
     )
 
 
@@ -139,6 +143,13 @@ def _python(path: Path) -> str:
         return ""
     match = re.search(r"(?m)^version(?:_info)?\s*=\s*(\d+\.\d+)", text)
     return match.group(1) if match else ""
+
+
+def _wheel(environment: Path) -> str:
+    try:
+        return (environment / WHEEL).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def _recorded(path: Path) -> dict[str, Package] | None:

@@ -80,7 +80,7 @@ def reconcile(client: RayClient, plan: Plan, wanted: Wanted, retry_failed: bool)
     except CouldNotTell:
         # A head that is coming up refuses connections first, then answers 5xx for a while.
         return Outcome("wait", f"Ray's head to answer at {client.address}", joining=True)
-    if missing := missing_slots(plan, state):
+    if missing := missing_slots(plan, state, holding=True):
         return Outcome("wait", f"slots {', '.join(missing)} to join the Ray cluster", joining=True)
     check_feasible(plan, wanted, state)
     live = lives(serve)
@@ -90,6 +90,9 @@ def reconcile(client: RayClient, plan: Plan, wanted: Wanted, retry_failed: bool)
         raise BerthError(f"{error}{failure_logs(client, serve)}") from None
     if step.kind == "put":
         client.put_serve(_config(step, wanted))
+    if step.kind == "done" and (missing := missing_slots(plan, state)):
+        # They hold nothing yet, so the rollout did not wait for them; the verification that follows counts them.
+        return Outcome("wait", f"slots {', '.join(missing)} to join the Ray cluster", joining=True)
     text = f"{step.why}{_progress(step, live)}"
     return Outcome(step.kind, text, changed=step.kind == "put", down=step.down)
 
@@ -110,10 +113,11 @@ def rehearse(serve: Mapping[str, Any], wanted: Wanted) -> list[Step]:
     raise BerthError("the rollout does not come to an end; please report the plan and Serve's state")
 
 
-def missing_slots(plan: Plan, state: RayState) -> list[str]:
-    """Slots that hold a berth in the plan and have no live Ray node."""
+def missing_slots(plan: Plan, state: RayState, *, holding: bool = False) -> list[str]:
+    """Slots of the plan that have no live Ray node; with ``holding`` only those that a berth stands on."""
     alive = {node.slot for node in state.nodes if node.alive}
-    return sorted({berth.slot for berth in plan.berths} - alive)
+    wanted = {berth.slot for berth in plan.berths} if holding else {slot.name for slot in plan.slots}
+    return sorted(wanted - alive)
 
 
 def check_feasible(plan: Plan, wanted: Wanted, state: RayState) -> None:

@@ -111,10 +111,16 @@ def test_a_slot_that_has_not_joined_is_waited_for(dashboard: Dashboard, client: 
     assert dashboard.puts == []
 
 
-def test_slots_without_a_berth_need_not_be_there() -> None:
+def test_slots_without_a_berth_are_waited_for_once_the_rest_is_done(dashboard: Dashboard, client: RayClient) -> None:
     made, _ = aim(CHAT)
-    assert missing_slots(made, parse_state([NODES[0]], {})) == []
-    assert missing_slots(made, parse_state([], {})) == ["gpu01-0"]
+    assert missing_slots(made, parse_state([NODES[0]], {}), holding=True) == []
+    assert missing_slots(made, parse_state([], {}), holding=True) == ["gpu01-0"]
+    dashboard.nodes = [NODES[0]]
+    assert reconcile(client, *aim(CHAT), retry_failed=True).kind == "put", "the rollout does not wait for them"
+    dashboard.applications = running(CHAT)
+    outcome = reconcile(client, *aim(CHAT), retry_failed=False)
+    assert (outcome.kind, outcome.joining) == ("wait", True)
+    assert outcome.text == "slots gpu01-1 to join the Ray cluster"
 
 
 # ---- what Ray would let pend for ever ------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def tasks(etc: Path) -> list[dict[str, Any]]:
             "vars": {
                 "berth_service_manager": manager,
                 "service_manager_unit_dir": str(etc if manager == "systemd" else etc / "units"),
+                "service_manager_tmpfiles": str(etc / "tmpfiles.conf"),
                 "service_manager_kind": kind,
                 "service_manager_nodes": nodes,
             },
@@ -65,7 +66,7 @@ def tasks(etc: Path) -> list[dict[str, Any]]:
     templates = ROOT / "roles/service_manager/templates"
     files = [
         {"ansible.builtin.template": {"src": str(templates / f"{name}.j2"), "dest": str(etc / name), "mode": "0644"}}
-        for name in ("supervisord.conf", "tmpfiles.conf")
+        for name in ("supervisord.conf",)
     ]
     return [
         *units,
