@@ -49,7 +49,7 @@ lint: setup ## ruff, mypy, yamllint, ansible-lint
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline
 
 unit: setup ## Unit and property tests (a minute)
-	@$(BIN)/pytest tests/unit -m "not runtime" $(ARGS)
+	@$(BIN)/pytest tests/unit -m "not runtime" --numprocesses=logical --dist=loadfile $(ARGS)
 
 e2e: setup ## The main job on real Ray and the real engine, then the unit tests that need Ray (minutes)
 	@$(BIN)/pytest tests/e2e -v --durations=12 $(ARGS)

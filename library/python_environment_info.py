@@ -96,6 +96,11 @@ current:
   returned: always
   type: str
   sample: 60a125fa3a92
+current_lock:
+  description: What the lock of that environment pins, name to version; empty where there is none.
+  returned: always
+  type: dict
+  sample: {ray: 2.60.0}
 previous:
   description: Likewise for the link C(previous).
   returned: always
@@ -117,7 +122,7 @@ try:
     from dataclasses import asdict
 
     from berth.errors import BerthError
-    from berth.host.environment import environments, linked, parse_lock, read_environment, record, repair
+    from berth.host.environment import environments, linked, lock_of, parse_lock, read_environment, record, repair
 
     IMPORT_ERROR = None
 except ImportError as error:
@@ -138,6 +143,7 @@ def look(path: Path, lock: str) -> dict:
         **(asdict(todo) if found.complete else {"install": [], "remove": [], "reasons": []}),
         "wheel": found.wheel,
         "current": linked(path.parent / "current"),
+        "current_lock": lock_of(path.parent / "current"),
         "previous": linked(path.parent / "previous"),
         "environments": [item.name for item in environments(path.parent)],
     }

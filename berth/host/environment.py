@@ -24,6 +24,7 @@ from berth.errors import BerthError
 
 COMPLETE = ".complete"
 """The file that an environment gets last: its package list as it was when everything was there."""
+LOCK = "lock.txt"
 WHEEL = ".berth-wheel"
 OWN = "berth"
 """Berth's own wheel changes with every commit and is looked after apart (``WHEEL``)."""
@@ -182,6 +183,14 @@ def parse_lock(text: str) -> dict[str, str]:
             raise BerthError("a lock has a line that pins nothing", found=stripped, allowed="name==version")
         found[normalized(match.group(1))] = match.group(2)
     return found
+
+
+def lock_of(environment: Path) -> dict[str, str]:
+    """What the lock pinned that an environment was made from; nothing where that was not written down."""
+    try:
+        return parse_lock((environment / LOCK).read_text(encoding="utf-8"))
+    except (OSError, BerthError):
+        return {}
 
 
 @dataclass(frozen=True)

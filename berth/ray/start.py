@@ -208,6 +208,8 @@ def environment(node: NodeConfig, gpu_indices: tuple[str, ...]) -> dict[str, str
         "CUDA_VISIBLE_DEVICES": ",".join(gpu_indices),
         # Workers must outlive a head that is away for minutes; Ray's default is one minute.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+        # Hosts get their security updates on different days; Ray's default is to refuse another patch level of Python.
+        "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
         "RAY_USAGE_STATS_ENABLED": "0",
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -164,6 +164,7 @@ def test_a_slots_environment() -> None:
     assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert (env["RAY_AUTH_MODE"], env["RAY_AUTH_TOKEN_PATH"]) == ("token", "/etc/berth/token")
     assert int(env["RAY_gcs_rpc_server_reconnect_timeout_s"]) >= 600
+    assert env["RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL"] == "minor", "preflight lets patch levels differ"
     assert env["HF_HOME"] == "/var/cache/hf"
     assert "RAY_gcs_storage" not in env
 
