@@ -32,6 +32,7 @@ KINDS = (
     "not-root",
     "reboot-needed",
     "reboot-not-allowed",
+    "replicas-on-host",
     "runfile",
     "secure-boot",
     "version-not-of-branch",

@@ -109,6 +109,9 @@ def _install(
     findings += build_findings(found, wanted, family, changes_driver and asked)
     if replaced and changes_driver and not wanted.allow_reboot:
         findings += (_reboot_not_allowed(found, str(target)),)
+    # Beside files of another version nothing new can start, no replica and no drain: there the boot is the cure.
+    elif replaced and changes_driver and wanted.berths and not mismatch(found, wanted):
+        findings += (_replicas_on_host(found, str(target), wanted.berths),)
     decision = Decision(
         "install",
         family.name,
@@ -385,6 +388,17 @@ def _reboot_not_allowed(found: Found, target: str) -> Finding:
         f"{found.host}: driver {target} cannot replace the one in use without a reboot, and nothing was changed",
         f"kernel module {found.loaded} loaded, nvidia_driver_allow_reboot: false",
         "set nvidia_driver_allow_reboot: true: one host at a time stops its units, is upgraded and boots",
+    )
+
+
+def _replicas_on_host(found: Found, target: str, berths: tuple[str, ...]) -> Finding:
+    return Finding(
+        "replicas-on-host",
+        f"{found.host}: driver {target} cannot replace the one in use while replicas are served from it, and nothing "
+        "was changed",
+        f"{', '.join(berths)} in the plan",
+        f"move them away first: ansible-playbook playbooks/drain.yml -e target={found.host}; then ansible-playbook "
+        f"site.yml --tags driver --limit {found.host}; then playbooks/undrain.yml -e target={found.host}",
     )
 
 

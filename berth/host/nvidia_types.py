@@ -94,6 +94,8 @@ class Wanted:
     dcgm: bool = False
     container_toolkit: bool = False
     mps: bool = False
+    berths: tuple[str, ...] = ()
+    """Names of the berths that the plan has on the host; not a variable, and empty once the host is drained."""
 
     __pydantic_config__ = STRICT
 

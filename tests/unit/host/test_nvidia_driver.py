@@ -106,6 +106,19 @@ def test_a_driver_in_use_is_not_replaced_without_the_reboot() -> None:
     assert "580.159.04" in decision.findings[0].found
 
 
+def test_a_driver_in_use_is_not_replaced_under_replicas() -> None:
+    found = installed(replace(ALLOWED, version="580.159.04"))
+    newest = replace(ALLOWED, version="latest")
+    decision = decide(found, replace(newest, berths=("chat@gpu01-0",)))
+    assert kinds(decision) == ["replicas-on-host"]
+    assert "chat@gpu01-0" in decision.findings[0].found
+    assert "drain.yml -e target=gpu01" in decision.findings[0].mend
+    assert not kinds(decide(found, newest)), "a drained host has none"
+    assert not decide(found, replace(ALLOWED, berths=("chat@gpu01-0",))).steps, "nothing asked for, nothing refused"
+    mismatch = replace(found, library="580.178.04")
+    assert "replicas-on-host" not in kinds(decide(mismatch, replace(newest, berths=("chat@gpu01-0",))))
+
+
 def test_a_branch_change_takes_the_old_names_away() -> None:
     wanted = replace(ALLOWED, branch=590)
     found, decisions = settle(replace(installed(), available=repository(fresh(), wanted)), wanted)
