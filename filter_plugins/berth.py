@@ -12,7 +12,7 @@ from ansible.errors import AnsibleFilterError
 
 from berth.codec import load
 from berth.errors import BerthError
-from berth.host import addresses, environment, wheelhouse
+from berth.host import addresses, environment, look, wheelhouse
 from berth.plan import models, store
 from berth.plan.apps import load_apps
 from berth.plan.types import Plan
@@ -94,6 +94,12 @@ def host_models(plan: str, apps: str, host: str) -> list[dict[str, str]]:
     return list(_told(found))
 
 
+def unlike(wanted: Iterable[Mapping[str, Any]], seen: Mapping[str, Any]) -> list[str]:
+    """See berth.host.look.unlike."""
+    found: list[str] = _told(lambda: look.unlike(wanted, seen))
+    return found
+
+
 def berths_by_gpu(path: str, host: str) -> dict[str, list[str]]:
     """See berth.plan.store.berths_by_gpu; no plan, no berths."""
     found: dict[str, list[str]] = _told(lambda: store.berths_by_gpu(store.read_plan(Path(path)), host))
@@ -114,6 +120,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "runtime_rolled_back": runtime_rolled_back,
     "host_models": host_models,
     "berths_by_gpu": berths_by_gpu,
+    "unlike": unlike,
 }
 
 

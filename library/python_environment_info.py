@@ -119,34 +119,12 @@ from pathlib import Path  # noqa: E402
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
 
 try:
-    from dataclasses import asdict
-
     from berth.errors import BerthError
-    from berth.host.environment import environments, linked, lock_of, parse_lock, read_environment, record, repair
+    from berth.host.environment import describe
 
     IMPORT_ERROR = None
 except ImportError as error:
     IMPORT_ERROR = str(error)
-
-
-def look(path: Path, lock: str) -> dict:
-    """Everything that RETURN lists."""
-    found = read_environment(path)
-    todo = repair(found, parse_lock(lock))
-    return {
-        "complete": found.complete,
-        "python": found.python,
-        "hash": found.hash,
-        "packages": {name: asdict(package) for name, package in found.packages.items()},
-        "recorded": found.recorded is not None,
-        "record": record(found),
-        **(asdict(todo) if found.complete else {"install": [], "remove": [], "reasons": []}),
-        "wheel": found.wheel,
-        "current": linked(path.parent / "current"),
-        "current_lock": lock_of(path.parent / "current"),
-        "previous": linked(path.parent / "previous"),
-        "environments": [item.name for item in environments(path.parent)],
-    }
 
 
 def main() -> None:
@@ -157,7 +135,7 @@ def main() -> None:
     if IMPORT_ERROR:
         module.fail_json(msg=f"this Python has no berth ({IMPORT_ERROR}); run role berth_agent first")
     try:
-        module.exit_json(changed=False, **look(Path(module.params["path"]), module.params["lock"]))
+        module.exit_json(changed=False, **describe(Path(module.params["path"]), module.params["lock"]))
     except BerthError as error:
         module.fail_json(msg=str(error))
 

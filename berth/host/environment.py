@@ -333,6 +333,30 @@ def remove(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def describe(path: Path, lock: str) -> dict[str, Any]:
+    """What modules python_environment_info and host_look tell of the environment at ``path``: RETURN of the former.
+
+    Raises:
+        BerthError: ``lock`` has a line that is not ``name==version``.
+    """
+    found = read_environment(path)
+    todo = repair(found, parse_lock(lock))
+    return {
+        "complete": found.complete,
+        "python": found.python,
+        "hash": found.hash,
+        "packages": {name: asdict(package) for name, package in found.packages.items()},
+        "recorded": found.recorded is not None,
+        "record": record(found),
+        **(asdict(todo) if found.complete else {"install": [], "remove": [], "reasons": []}),
+        "wheel": found.wheel,
+        "current": linked(path.parent / "current"),
+        "current_lock": lock_of(path.parent / "current"),
+        "previous": linked(path.parent / "previous"),
+        "environments": [item.name for item in environments(path.parent)],
+    }
+
+
 def _mtime(path: Path) -> float:
     try:
         return path.stat().st_mtime
