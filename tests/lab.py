@@ -122,7 +122,9 @@ class Lab:
 
     def start(self, playbook: str, *args: str) -> Run:
         """Start a playbook; it goes on in the background."""
-        command = [str(BIN / "ansible-playbook"), "-i", os.environ["LAB_INVENTORY"], playbook, *args]
+        # Whoever runs the tests in the background ignores Ctrl-C, and its children would.
+        berth = [str(BIN / "ansible-playbook"), "-i", os.environ["LAB_INVENTORY"], playbook, *args]
+        command = ["env", "--default-signal=INT", *berth]
         log = Path(tempfile.mkstemp(prefix="berth-lab-", suffix=".log")[1])
         with log.open("wb") as out:
             process = subprocess.Popen(
