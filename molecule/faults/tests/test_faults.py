@@ -61,8 +61,9 @@ def starts(*hosts: str) -> dict[str, str]:
 def locked_out(host: str) -> Iterator[None]:
     """The operator's key is not let in any more, and no connection of before is open."""
     on(host, "mv", "/etc/ssh/ops_keys", "/etc/ssh/ops_keys.away")
-    on(host, "pkill", "--uid", "ops", "--full", "sshd")
     try:
+        # Fails where there is none, which is right as well.
+        on(host, "sh", "-c", "pkill --uid ops --full sshd || true")
         yield
     finally:
         on(host, "mv", "/etc/ssh/ops_keys.away", "/etc/ssh/ops_keys")
