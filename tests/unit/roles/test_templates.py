@@ -94,6 +94,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
                 "berth_state_dir": str(base / "state"),
                 "berth_user": "root",
                 "berth_service_manager": "supervisord",
+                "berth_root": str(ROOT),
                 "berth_seen": {},
                 "nvidia_driver_simulated": True,
                 "nvidia_driver_environment": ENVIRONMENT,
