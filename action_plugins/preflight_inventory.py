@@ -15,6 +15,7 @@ from ansible.utils.vars import load_extra_vars
 from berth.codec import dump
 from berth.preflight import inventory as checks
 from berth.preflight.ask import ask, expectation
+from berth.preflight.checkout import stale_wheel
 from berth.preflight.options import Role, read_roles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ class ActionModule(ActionBase):
         )
         return result | {
             "changed": False,
-            "problems": [dump(problem) for problem in checks.check_inventory(found)],
+            "problems": [dump(problem) for problem in (*stale_wheel(ROOT), *checks.check_inventory(found))],
             "ask": {host.name: dump(ask(found, host)) for host in hosts},
             "wanted": {host.name: dump(expectation(found, host)) for host in hosts},
             "accept": sorted(checks.accepted(found)),
