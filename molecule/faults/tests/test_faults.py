@@ -96,6 +96,7 @@ def test_a_host_that_dies_in_the_middle_of_a_run(lab: Lab) -> None:
 
 
 def test_ctrl_c_in_the_middle(lab: Lab) -> None:
+    lab.site("-e", "strategy=pack").ok()
     before = {berth["slot"] for berth in lab.plan["berths"]}
     run = lab.start("site.yml", "-e", "strategy=spread")
     run.wait_for("Deploy the plan's berths")
