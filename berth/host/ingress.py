@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from berth.codec import load
+from berth.codec import STRICT, load
 from berth.errors import BerthError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -39,6 +39,8 @@ class Limits:
 @dataclass(frozen=True)
 class Key:
     """An entry of ``ingress_keys``; what is None follows the role's options, a key of "" is made by Berth."""
+
+    __pydantic_config__ = STRICT
 
     name: str
     key: str = ""
@@ -288,5 +290,5 @@ def answers(max_body_mib: int) -> tuple[Answer, ...]:
 def _body(kind: str, code: str, message: str) -> str:
     # nginx puts it between apostrophes, and takes a dollar for a variable.
     text = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
-    assert "'" not in text and "$" not in text and "\\" not in text
+    assert not set("'$\\") & set(text)
     return text
