@@ -108,7 +108,7 @@ class Site:
         inventory = {
             "hosts": {**hosts, "edge01": {"ansible_host": "127.0.0.1"}},
             "vars": common,
-            "children": {group: {"hosts": dict.fromkeys(names, {})} for group, names in groups.items()},
+            "children": {group: {"hosts": {name: {} for name in names}} for group, names in groups.items()},
         }
         include = "ansible.builtin.include_role"
         play = {

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -207,10 +208,8 @@ def test_slow_loris_clients_are_let_go_while_others_are_answered(site: Site, pro
     assert ask(site, "/v1/models", method="GET").status_code == 200
     started = time.monotonic()
     for client in (*headers, *bodies):
-        try:
+        with suppress(ConnectionResetError):
             assert client.recv(1) == b""
-        except ConnectionResetError:
-            pass
         client.close()
     assert time.monotonic() - started < 4
     assert sum(proxy.asked.total() for proxy in proxies.values()) == before + 1, "no proxy heard of them"

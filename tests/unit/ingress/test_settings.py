@@ -109,9 +109,7 @@ def test_a_head_that_has_slots_is_no_backup() -> None:
 
 
 def test_proxies_on_loopback_are_refused_where_others_must_be_reached() -> None:
-    with pytest.raises(
-        BerthError, match=r"the ingress head01 must reach gpu01; mend: serve_apps_http_host: 0\.0\.0\.0"
-    ):
+    with pytest.raises(BerthError, match=r"head01 must reach gpu01; mend: serve_apps_http_host: 0\.0\.0\.0"):
         upstreams("head01", ["head01"], ["gpu01"], VARIABLES, "127.0.0.1")
 
 

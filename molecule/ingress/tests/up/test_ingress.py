@@ -136,26 +136,24 @@ def test_what_nginx_does_not_take_up_is_told_and_the_old_goes_on(addresses: dict
     assert ask(addresses["edge01"], "/v1/models", "GET").status_code == 200
 
 
-# --- Long jobs, on a Serve app of somebody else's -----------------------------------------------------------------------
+# --- Long jobs, on a Serve app of somebody else's ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def jobs(addresses: dict[str, str]) -> Iterator[str]:
+def jobs(addresses: dict[str, str]) -> str:
     script = Path(__file__).resolve().parents[2] / "files/jobs.py"
     docker("cp", str(script), f"{container('head01')}:/var/lib/berth/jobs.py")
-    # In the environment of the head's own process: its address, its token.
     run = (
-        "pid=$(systemctl show --property=MainPID --value berth-ray-head); export $(tr '\\0' '\\n' </proc/$pid/environ"
-        " | grep -E '^(RAY_|TMPDIR|BERTH_CLUSTER)'); export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/etc/berth/ray-token;"
-        f" export RAY_ADDRESS={addresses['head01']}:6390;"
-        " runuser -u berth -- /var/lib/berth/runtime/current/bin/python /var/lib/berth/jobs.py"
+        "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/etc/berth/ray-token TMPDIR=/run/berth/tmp"
+        f" RAY_ADDRESS={addresses['head01']}:6390;"
+        " exec runuser -u berth -- /var/lib/berth/runtime/current/bin/python /var/lib/berth/jobs.py"
     )
     done = subprocess.run(
         ["docker", "exec", container("head01"), "sh", "-c", run], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     eventually(lambda: ask(addresses["edge01"], "/jobs/state", "GET").status_code == 200)
-    yield addresses["edge01"]
+    return addresses["edge01"]
 
 
 def test_a_job_of_a_minute_and_a_half_streams_to_its_end(jobs: str) -> None:
