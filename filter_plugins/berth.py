@@ -12,7 +12,7 @@ from ansible.errors import AnsibleFilterError
 
 from berth.codec import load
 from berth.errors import BerthError
-from berth.host import addresses, environment, look, wheelhouse
+from berth.host import addresses, environment, ingress, look, wheelhouse
 from berth.plan import models, store
 from berth.plan.apps import load_apps
 from berth.plan.types import Plan
@@ -100,6 +100,52 @@ def unlike(wanted: Iterable[Mapping[str, Any]], seen: Mapping[str, Any]) -> list
     return found
 
 
+def ingress_limits(entries: Iterable[Mapping[str, Any]], *default: int) -> list[dict[str, Any]]:
+    """See berth.host.ingress.limit_classes."""
+
+    def found() -> list[dict[str, Any]]:
+        classes = ingress.limit_classes(ingress.read_keys(entries), ingress.Limits(*map(int, default)))
+        return [asdict(item) for item in classes]
+
+    return list(_told(found))
+
+
+def ingress_key_table(entries: Iterable[Mapping[str, Any]], directory: str) -> dict[str, str]:
+    """See berth.host.ingress.key_table."""
+    found: dict[str, str] = _told(lambda: ingress.key_table(ingress.read_keys(entries), Path(directory)))
+    return found
+
+
+def ingress_keys_missing(entries: Iterable[Mapping[str, Any]], directory: str) -> list[str]:
+    """See berth.host.ingress.missing."""
+    found: list[str] = _told(lambda: ingress.missing(ingress.read_keys(entries), Path(directory)))
+    return found
+
+
+def ingress_keys_lost(names: Iterable[str], text: str) -> list[str]:
+    """See berth.host.ingress.lost."""
+    return ingress.lost(names, str(text))
+
+
+def ingress_upstreams(
+    variables: Mapping[str, Mapping[str, Any]], me: str, heads: Iterable[str], slots: Iterable[str], http_host: str
+) -> list[dict[str, Any]]:
+    """See berth.host.ingress.upstreams; ``variables`` is hostvars."""
+    found = _told(lambda: ingress.upstreams(str(me), list(heads), list(slots), variables, str(http_host)))
+    return [asdict(item) for item in found]
+
+
+def ingress_long_paths(paths: Iterable[str]) -> list[str]:
+    """See berth.host.ingress.long_paths."""
+    found: list[str] = _told(lambda: ingress.long_paths(paths))
+    return found
+
+
+def ingress_answers(max_body_mib: int) -> list[dict[str, Any]]:
+    """See berth.host.ingress.answers."""
+    return [asdict(item) for item in ingress.answers(int(max_body_mib))]
+
+
 def berths_by_gpu(path: str, host: str) -> dict[str, list[str]]:
     """See berth.plan.store.berths_by_gpu; no plan, no berths."""
     found: dict[str, list[str]] = _told(lambda: store.berths_by_gpu(store.read_plan(Path(path)), host))
@@ -121,6 +167,13 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "host_models": host_models,
     "berths_by_gpu": berths_by_gpu,
     "unlike": unlike,
+    "ingress_limits": ingress_limits,
+    "ingress_key_table": ingress_key_table,
+    "ingress_keys_missing": ingress_keys_missing,
+    "ingress_keys_lost": ingress_keys_lost,
+    "ingress_upstreams": ingress_upstreams,
+    "ingress_long_paths": ingress_long_paths,
+    "ingress_answers": ingress_answers,
 }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from berth.errors import BerthError
+from berth.host import ingress
 from berth.plan.apps import load_apps
 from berth.plan.types import STRATEGIES
 from berth.preflight.ports import port_problems
@@ -133,6 +134,7 @@ def check_inventory(inventory: Inventory, removed: Mapping[str, str] = REMOVED) 
         *_ports(inventory),
         *_gpus(inventory),
         *_apps(inventory),
+        *_ingresses(inventory),
         *_secrets(inventory),
     ]
 
@@ -453,6 +455,26 @@ def _app_problem(name: str, error: BerthError) -> Problem:
         "" if error.allowed is None else str(error.allowed),
         error.mend or "",
     )
+
+
+# --- Ingress ----------------------------------------------------------------------------------------------------------
+
+
+def _ingresses(inventory: Inventory) -> Iterator[Problem]:
+    """Those on hosts of the cluster; one beside it is judged by its role alone, its variables are not read here."""
+    slots = inventory.groups.get("ray_slots", ())
+    heads = inventory.groups.get("ray_head", ())
+    for host in inventory.members("ray_ingress"):
+        entries = [entry for entry in host.items("ingress_keys") if isinstance(entry, Mapping)]
+        limits = [host.number(f"ingress_{name}") for name in ("requests_per_minute", "burst", "connections")]
+        addresses: dict[str, dict[str, str]] = {name: {} for name in (*heads, *slots)}
+        try:
+            ingress.limit_classes(ingress.read_keys(entries), ingress.Limits(*(number or 0 for number in limits)))
+            ingress.long_paths(map(str, host.items("ingress_long_paths")))
+            ingress.upstreams(host.name, heads, slots, addresses, host.text("serve_apps_http_host"))
+        except BerthError as error:
+            found, allowed = ("" if value is None else str(value) for value in (error.found, error.allowed))
+            yield Problem("ingress", "error", (host.name,), error.what, found, allowed, error.mend or "")
 
 
 # --- Secrets ----------------------------------------------------------------------------------------------------------

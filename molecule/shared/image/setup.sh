@@ -26,3 +26,14 @@ echo 'ops ALL=(ALL) NOPASSWD: ALL' >"$root/etc/sudoers.d/ops"
 chmod 0440 "$root/etc/sudoers.d/ops"
 # The address of a container is its own; the name comes from docker.
 : >"$root/etc/machine-id"
+# nginx and what it needs, not installed: a repository for the scenario whose role installs it. By the apt that makes
+# the root, which knows of packages; a host of the lab does not.
+[ -z "${MMDEBSTRAP_APT_CONFIG:-}" ] || export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+mkdir -p "$root/opt/packages"
+cd "$root/opt/packages"
+wanted=$(apt-get install --simulate --no-install-recommends nginx | sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+apt-get -o APT::Sandbox::User=root download $wanted
+for deb in *.deb; do
+    dpkg-deb --field "$deb"
+    printf 'Filename: ./%s\nSize: %s\nSHA256: %s\n\n' "$deb" "$(stat -c %s "$deb")" "$(sha256sum "$deb" | cut -d' ' -f1)"
+done >Packages

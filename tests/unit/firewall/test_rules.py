@@ -23,6 +23,7 @@ NETWORK = "10.199.77"
 ADDRESSES = {
     "head01": f"{NETWORK}.10",
     "gpu01": f"{NETWORK}.21",
+    "edge01": f"{NETWORK}.30",
     "client": f"{NETWORK}.50",
     "stranger": f"{NETWORK}.66",
 }
@@ -63,7 +64,8 @@ def inventory(**extra: Any) -> dict[str, Any]:
     }
     hosts = {name: {"ansible_host": ADDRESSES[name], "placement_host_name": name} for name in ("head01", "gpu01")}
     groups = {name: {"hosts": {host: {}}} for name, host in (("ray_head", "head01"), ("ray_slots", "gpu01"))}
-    return {"berth": {"hosts": hosts, "vars": common, "children": groups}}
+    edge = {"edge01": {"ansible_host": ADDRESSES["edge01"]}}
+    return {"berth": {"hosts": hosts, "vars": common, "children": groups}, "ray_ingress": {"hosts": edge}}
 
 
 def render(base: Path, **extra: Any) -> dict[str, Path]:
@@ -122,6 +124,12 @@ def test_a_host_guards_its_own_nodes_ports(rules: dict[str, Path]) -> None:
         assert "32768-60999" in text
         assert "flush" not in text, "other tables are not Berth's"
         assert text.index("dport { 22 } accept") < text.index("drop")
+
+
+def test_an_ingress_beside_the_cluster_may_use_the_api_and_no_more(rules: dict[str, Path]) -> None:
+    text = rules["gpu01"].read_text()
+    assert f"elements = {{ {ADDRESSES['edge01']}, {ADDRESSES['client']} }}" in text
+    assert text.count(ADDRESSES["edge01"]) == 1
 
 
 def test_systemd_reads_the_unit_and_loads_it_before_there_is_a_network(rules: dict[str, Path]) -> None:

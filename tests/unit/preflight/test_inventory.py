@@ -205,3 +205,24 @@ def test_a_secret_nobody_may_read_or_make() -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_secret_is_seen(tmp_path: Path) -> None:
     assert not secret(tmp_path, mode=0o000).readable
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ingress_keys": []}, "an ingress without keys would let nobody in"),
+        ({"ingress_keys": [{"name": "a", "key": "S" * 40}]}, "the key of a cannot be used"),
+        ({"ingress_keys": [{"name": "a"}], "ingress_burst": 0}, "burst of the key a"),
+        ({"ingress_keys": [{"name": "a"}], "serve_apps_http_host": "127.0.0.1"}, "Serve's proxies listen on loopback"),
+    ],
+)
+def test_an_ingress_that_could_not_be(changes: dict[str, Any], words: str) -> None:
+    good = {"ingress_keys": [{"name": "a"}], "serve_apps_http_host": "0.0.0.0"}
+    hosts = (host("gpu1", **good), host("gpu2", **good))
+    groups = {**inventory(*hosts).groups, "ray_ingress": ("gpu1", "edge1")}
+    assert check_inventory(inventory(*hosts, groups=groups)) == []
+    bad = inventory(host("gpu1", **good | changes), hosts[1], groups=groups)
+    problem = only(check_inventory(bad))
+    assert (problem.kind, problem.objects) == ("ingress", ("gpu1",))
+    assert words in problem.what
+    assert "S" * 8 not in str(problem)
