@@ -37,7 +37,10 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
 
     async def _get_response(self, *, body: Any, call_method: str, raw_request: Any = None) -> Any:
         if call_method == "chat":
-            body = _sanitize_chat_completion_request(body)
+            try:
+                body = _sanitize_chat_completion_request(body)
+            except ValueError as error:
+                raise ApiError(400, str(error), param="messages") from None
         info = RawRequestInfo.from_starlette_request(raw_request) if raw_request is not None else None
         async for response in self._routes.answer(body.model, call_method, body, info):
             yield response
@@ -62,6 +65,9 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
 
 
 async def _ray_error(_request: Any, error: OpenAIHTTPException) -> JSONResponse:
+    if error.status_code == 408:
+        # Ray's limit on the first part, RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT: the client was not slow, the engine was.
+        return error_response(ApiError(504, "The model did not answer in time.", code="timeout"))
     return error_response(ApiError(error.status_code, error.message))
 
 

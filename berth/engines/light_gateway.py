@@ -36,7 +36,7 @@ class _Generation(_Body):
 
 
 class ChatBody(_Generation):
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[dict[str, Any]]
 
 
 class CompletionBody(_Generation):
