@@ -138,7 +138,7 @@ def plain(request: Any) -> dict[str, Any]:
     """The light gateway asks with plain JSON, ray.serve.llm's with its classes."""
     if isinstance(request, dict):
         return request
-    found: dict[str, Any] = request.model_dump(exclude_unset=True)
+    found: dict[str, Any] = request.model_dump(exclude_unset=True, by_alias=True)
     return found
 
 
