@@ -92,7 +92,7 @@ async def _invalid(_request: Any, error: RequestValidationError) -> JSONResponse
     if first["type"] == "json_invalid":
         why = first.get("ctx", {}).get("error", "")
         return error_response(ApiError(400, f"The body of the request is not JSON: {why}."))
-    # FastAPI puts where it looked before the path (body), and pydantic between the keys which class or wrapper it tried.
+    # FastAPI puts where it looked before the path (body), and pydantic between the keys which class it tried.
     where = ".".join(str(part) for part in first["loc"][1:] if re.fullmatch("[a-z0-9_]+", str(part)))
     message = f"{where or 'The body'}: {first['msg']}."
     return error_response(ApiError(400, message, param=where or None))
