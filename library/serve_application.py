@@ -115,7 +115,8 @@ def wanted_from(plan: Plan, params: dict) -> Wanted:
     options = load(ServeOptions, params["options"], "serve options")
     apps = load_apps(params["apps"])
     capacity = {slot.name: slot.vram_mib * len(slot.gpu_uuids) for slot in plan.slots}
-    return Wanted(berth_apps(plan, apps, options), sorted(plan.deployments), capacity, options)
+    prefix = {app.name: app.prefix_affinity for app in apps}
+    return Wanted(berth_apps(plan, apps, options), sorted(plan.deployments), capacity, options, prefix)
 
 
 def rehearsal(client: RayClient, wanted: Wanted) -> dict:

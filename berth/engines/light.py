@@ -1,8 +1,15 @@
 """A replica without a model: takes VRAM on a simulated GPU and answers in OpenAI's shape.
 
-For the lab and for drills, where placement is what is tried and not the engine. ``engine_args``:
-``hold_mib`` is what it takes on each GPU beside the context that the driver adds (default: eight tenths of its
-footprint), ``start_s`` how long its start takes, ``crash`` a message with which its start fails.
+For the lab and for drills, where placement and the API are what is tried and not the engine. ``engine_args``:
+
+``hold_mib``       what it takes on each GPU beside the context that the driver adds (default: eight tenths of its
+                   footprint)
+``start_s``        how long its start takes
+``crash``          a message with which its start fails
+``tokens``         how long an answer is, where the request sets no ``max_tokens`` below it (default: 4)
+``token_s``        seconds before each token
+``dimensions``     of its embeddings (default: 16)
+``max_model_len``  prompt and answer in tokens, which are words here; longer requests are refused as vLLM does
 """
 
 from __future__ import annotations
@@ -10,9 +17,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+from berth.engines import light_answers as answers
+from berth.engines.errors import ApiError
 from berth.errors import BerthError
 from berth.gpu.sim import allocator
 
@@ -28,6 +38,9 @@ class LightServer:
         self._gpus = int(config["gpus"])
         self._args = dict(config["engine_args"])
         self._hold_mib = int(self._args.get("hold_mib", int(config["vram_mib"]) * 8 // 10))
+        self._token_s = float(self._args.get("token_s", 0))
+        self.running = 0
+        """Answers that are being given."""
 
     async def start(self) -> None:
         if not allocator.active():
@@ -45,26 +58,65 @@ class LightServer:
         allocator.check()
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        message = {"role": "assistant", "content": f"light replica of {self._model}"}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return _once(self._answer(request, "chat.completion", choice))
+        asked = answers.plain(request)
+        return self._generate(answers.chat(self._about(asked, "chatcmpl"), asked), asked, request)
 
     async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        choice = {"index": 0, "text": f"light replica of {self._model}", "finish_reason": "stop"}
-        return _once(self._answer(request, "text_completion", choice))
+        asked = answers.plain(request)
+        return self._generate(answers.completion(self._about(asked, "cmpl"), asked), asked, request)
 
-    def _answer(self, request: Any, kind: str, choice: dict[str, Any]) -> Any:
-        """In the kind of the question: the light gateway asks with plain JSON, ray.serve.llm's with its classes."""
-        usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-        created = int(time.time())
-        body = {"id": f"light-{created}", "object": kind, "created": created, "model": self._model}
-        body |= {"choices": [choice], "usage": usage}
-        if isinstance(request, dict):
-            return body
-        from ray.llm._internal.serve.core.configs import openai_api_models as shapes
+    async def embeddings(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
+        asked = answers.plain(request)
+        dimensions = asked.get("dimensions") or int(self._args.get("dimensions", 16))
+        whole = answers.embeddings(self._about(asked, "embd"), asked, dimensions)
+        return self._once(answers.in_kind(whole, request, "EmbeddingResponse"))
 
-        return (shapes.ChatCompletionResponse if kind == "chat.completion" else shapes.CompletionResponse)(**body)
+    async def score(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
+        asked = answers.plain(request)
+        whole = answers.scores(self._about(asked, "score"), asked)
+        return self._once(answers.in_kind(whole, request, "ScoreResponse"))
 
+    def _about(self, asked: dict[str, Any], prefix: str) -> dict[str, Any]:
+        return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.get("model")}
 
-async def _once(value: Any) -> AsyncIterator[Any]:
-    yield value
+    async def _generate(self, answer: answers.Answer, asked: dict[str, Any], request: Any) -> AsyncIterator[Any]:
+        """Token by token, as an engine would; cancelled, it stops at once."""
+        words, finish = self._words(answer, asked)
+        self.running += 1
+        try:
+            if not asked.get("stream"):
+                await asyncio.sleep(self._token_s * len(words))
+                yield answers.in_kind(answer.whole(words, finish), request, answer.response)
+                return
+            # As OpenAI's streams, one without a word comes first: who asks knows that he is being answered.
+            yield answer.event("", first=True)
+            for word in words:
+                await asyncio.sleep(self._token_s)
+                yield answer.event(word)
+            yield answer.event("", finish=finish)
+            if (asked.get("stream_options") or {}).get("include_usage"):
+                yield answer.usage_event(len(words))
+        finally:
+            self.running -= 1
+
+    def _words(self, answer: answers.Answer, asked: dict[str, Any]) -> tuple[list[str], str]:
+        """The tokens of the answer and why it ends there.
+
+        Raises:
+            ApiError: 400 for a prompt that leaves no room, in vLLM's words.
+        """
+        limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+        longest = self._args.get("max_model_len")
+        if longest is not None and answer.prompt_tokens + (limit or 1) > longest:
+            message = (
+                f"This model's maximum context length is {longest} tokens. However, you requested {limit or 1} output "
+                f"tokens and your prompt contains {answer.prompt_tokens} input tokens."
+            )
+            raise ApiError(400, message, code="context_length_exceeded", param="messages")
+        words = answers.words(self._model, asked, int(self._args.get("tokens", 4)))
+        if limit is not None and limit < len(words):
+            return words[:limit], "length"
+        return words, "stop"
+
+    async def _once(self, value: Any) -> AsyncIterator[Any]:
+        yield value

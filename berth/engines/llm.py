@@ -7,9 +7,12 @@ engine here uses vLLM's own executors over the GPUs the slot sees.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest, ErrorResponse
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine, _normalize_vllm_engine_kwargs
 from ray.llm._internal.serve.engines.vllm.vllm_models import FrontendArgs
@@ -41,6 +44,9 @@ class SlotServer(LLMServer):  # type: ignore[misc]
     """LLMServer that lives in a slot: no placement group, no download tasks on other nodes."""
 
     _default_engine_cls = SlotEngine
+    _adapters: Mapping[str, str] = MappingProxyType({})
+    """LoRA adapters by name, each a directory. vLLM keeps them in the host's memory and on the GPU as many as it has
+    slots for; ray.serve.llm would fetch them from a bucket, which hosts without one cannot."""
 
     async def start(self) -> None:
         self._llm_config._callback_instance = CallbackBase(
@@ -48,6 +54,15 @@ class SlotServer(LLMServer):  # type: ignore[misc]
             ctx_kwargs={"placement_group": None, "runtime_env": {}, "run_init_node": False},
         )
         await super().start()
+        for number, (name, directory) in enumerate(sorted(self._adapters.items()), 1):
+            await self.engine.resolve_lora(
+                DiskMultiplexConfig(
+                    model_id=f"{self._llm_config.model_id}:{name}",
+                    max_total_tokens=None,
+                    local_path=directory,
+                    lora_assigned_int_id=number,
+                )
+            )
         if self._llm_config.engine_kwargs["runner"] == "generate":
             await self._warm_up()
 
@@ -75,4 +90,6 @@ def slot_server(config: dict[str, Any]) -> SlotServer:
         engine_kwargs=engine_args,
         log_engine_metrics=True,
     )
-    return SlotServer.sync_init(llm_config)  # type: ignore[no-any-return]
+    server: SlotServer = SlotServer.sync_init(llm_config)
+    server._adapters = dict(config.get("adapters", {}))
+    return server

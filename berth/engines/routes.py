@@ -1,90 +1,215 @@
-"""The gateway's table: which berths answer for a model, and which of them takes the next request."""
+"""The gateway's table: which berths answer for a model, which of them takes the next request, and when none does."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any
 
-RETRY_AFTER_S = 5
+from berth.engines.affinity import ADAPTER_SLACK, Affinity, keys_of
+from berth.engines.errors import ApiError, down, failure, full, refusal, unknown
 
 
-class NoBerthError(Exception):
-    """Nobody answers for a model: the HTTP ``status`` (404 unknown, 503 none runs now), its detail and headers."""
+@dataclass(frozen=True)
+class TableBerth:
+    """A berth of the table. ``limit`` ends its queue: requests of this gateway that it may have outstanding at once,
+    those that it works on and those that wait."""
 
-    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
+    app: str
+    handle: Any
+    replicas: int
+    limit: int | None
+    adapters: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Model:
+    berths: tuple[TableBerth, ...]
+    prefix_slack: float
+    """See berth.engines.affinity; 0: the beginning of a prompt does not count."""
 
 
 class Routes:
     """By model over that model's berths: two random choices, then the fewer outstanding requests of ours, each berth
     weighted by its replicas (the power of two choices, Mitzenmacher 2001).
 
-    ``get_handle(model, app)`` gives a handle to a berth's deployment and raises when there is none.
+    ``get_handle(model, app)`` gives a handle to a berth's deployment and raises when there is none;
+    ``runs(handle)`` tells how many of its replicas run, None where that cannot be told.
     """
 
-    def __init__(self, get_handle: Callable[[str, str], Any]) -> None:
-        self._get_handle = get_handle
-        self._berths: dict[str, list[tuple[Any, int, str]]] = {}
-        self._outstanding: dict[str, int] = {}
+    def __init__(
+        self, get_handle: Callable[[str, str], Any], runs: Callable[[Any], int | None] = lambda _handle: None
+    ) -> None:
+        self._get_handle, self._runs = get_handle, runs
+        self._models: dict[str, _Model] = {}
+        self._outstanding: Counter[str] = Counter()
+        self._affinity = Affinity()
 
     def take(self, user_config: dict[str, Any]) -> None:
         """The new table. A berth that does not exist (yet, or any more) is left out, never an error: an exception
-        in ``reconfigure`` would make Serve restart the gateway."""
-        berths: dict[str, list[tuple[Any, int, str]]] = {}
-        for model, entry in sorted(user_config.get("models", {}).items()):
-            berths[model] = []
-            for berth in entry["berths"]:
-                try:
-                    handle = self._get_handle(model, berth["app"])
-                except Exception:
-                    continue
-                berths[model].append((handle, int(berth["replicas"]), berth["app"]))
-        self._berths = berths
-        self._outstanding = {name: n for name, n in self._outstanding.items() if n > 0}
+        in ``reconfigure`` would make Serve restart the gateway. Requests at a berth that left go on to their end."""
+        self._models = {
+            model: _Model(
+                tuple(filter(None, (self._berth(model, berth) for berth in entry["berths"]))),
+                float(entry.get("prefix_affinity", 0)),
+            )
+            for model, entry in sorted(user_config.get("models", {}).items())
+        }
+        self._affinity.forget({berth.app for model in self._models.values() for berth in model.berths})
+
+    def _berth(self, model: str, berth: dict[str, Any]) -> TableBerth | None:
+        try:
+            handle = self._get_handle(model, berth["app"])
+        except Exception:
+            return None
+        adapters = frozenset(berth.get("adapters", ()))
+        return TableBerth(berth["app"], handle, int(berth["replicas"]), berth.get("limit"), adapters)
 
     def models(self) -> dict[str, list[str]]:
-        """Names of the berths of every model, the models without any included."""
-        return {model: [name for _, _, name in berths] for model, berths in self._berths.items()}
+        """Names of the berths of every model that can answer now, the models without any included."""
+        return {name: [berth.app for berth in model.berths if self._up(berth)] for name, model in self._models.items()}
 
-    def choose(self, model: str) -> tuple[Any, str]:
-        """A handle and its berth's name.
+    def ids(self) -> list[str]:
+        """What a request may ask for: every model, then its adapters as ``model:adapter``."""
+        found = []
+        for name, model in self._models.items():
+            adapters = sorted({adapter for berth in model.berths for adapter in berth.adapters})
+            found += [name, *(f"{name}:{adapter}" for adapter in adapters)]
+        return found
+
+    def outstanding(self) -> dict[str, int]:
+        """Requests of this gateway that each berth has and has not answered to the end."""
+        return {name: count for name, count in sorted(self._outstanding.items()) if count > 0}
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """200 while every model of the table has a berth that can answer, and what there is to see."""
+        models = self.models()
+        return 200 if all(models.values()) else 503, {"models": models, "outstanding": self.outstanding()}
+
+    def named(self, asked: str | None) -> str:
+        """The model that a request means: what it asks for, or the only one there is.
 
         Raises:
-            NoBerthError: 404 for a model that is not in the table, 503 for one without a berth.
+            ApiError: 404 for a model or adapter that is not in the table, 400 when it names none of several.
         """
-        berths = self._berths.get(model)
-        if berths is None:
-            raise NoBerthError(404, f'Could not find model with id "{model}".')
-        if not berths:
-            raise NoBerthError(
-                503,
-                f'Model "{model}" has no berth that runs now; try again shortly.',
-                headers={"Retry-After": str(RETRY_AFTER_S)},
-            )
-        pair = random.choices(berths, weights=[replicas for _, replicas, _ in berths], k=2)
-        handle, _, name = min(pair, key=lambda berth: self._outstanding.get(berth[2], 0) / berth[1])
-        return handle, name
+        known = self.ids()
+        if not asked:
+            if len(self._models) == 1:
+                return next(iter(self._models))
+            raise ApiError(400, f"You must provide a model parameter; there are: {', '.join(known)}.", param="model")
+        if asked not in known:
+            raise unknown(asked)
+        return asked
 
-    async def call(self, handle: Any, name: str, method: str, *args: Any) -> AsyncIterator[Any]:
-        """Call ``method`` of the berth and count the request as outstanding until its last part has come."""
-        self._outstanding[name] = self._outstanding.get(name, 0) + 1
+    def choose(self, asked: str, keys: Sequence[int] = (), without: Collection[str] = ()) -> TableBerth:
+        """The berth that takes the next request; ``keys``: see berth.engines.affinity.
+
+        A berth in ``without`` is out, unless a replica of it other than the one that failed may be left.
+
+        Raises:
+            ApiError: 404 for a model that is not in the table, 503 without a berth that runs, 429 when all are full.
+        """
+        name, _, adapter = asked.partition(":")
+        model = self._models.get(name)
+        if model is None:
+            raise unknown(asked)
+        up = [berth for berth in model.berths if self._up(berth) and (not adapter or adapter in berth.adapters)]
+        others = [berth for berth in up if berth.app not in without] or [berth for berth in up if berth.replicas > 1]
+        if not others:
+            raise down(asked)
+        free = [berth for berth in others if berth.limit is None or self._outstanding[berth.app] < berth.limit]
+        if not free:
+            raise full(asked)
+        if keys:
+            load = {berth.app: self._load(berth) for berth in free}
+            slack = model.prefix_slack or ADAPTER_SLACK
+            if (known := self._affinity.find(keys, load, slack)) is not None:
+                return next(berth for berth in free if berth.app == known)
+        return min(random.choices(free, weights=[berth.replicas for berth in free], k=2), key=self._load)
+
+    async def answer(self, asked: str | None, method: str, request: Any, *more: Any) -> AsyncGenerator[Any]:
+        """The parts of the answer of a berth to ``method(request, *more)``.
+
+        A berth that was full or died before the first part came is left for another one, once: requests to an engine
+        change nothing, but one that kills its engine shall not go through them all. After the first part a failure
+        is the last part, an event for the stream that has begun.
+
+        Raises:
+            ApiError: nobody answers, or the engine refuses the request; only before the first part.
+        """
+        name = self.named(asked)
+        keys = self._keys(name, request)
+        berth = self.choose(name, keys)
         try:
-            async for part in getattr(handle, method).remote(*args):
+            async with aclosing(self._parts(berth, name, keys, method, request, *more)) as parts:
+                async for part in parts:
+                    yield part
+            return
+        except _Elsewhere as left:
+            first = left.error
+        try:
+            berth = self.choose(name, keys, without=(berth.app,))
+        except ApiError:
+            raise first from None
+        try:
+            async with aclosing(self._parts(berth, name, keys, method, request, *more)) as parts:
+                async for part in parts:
+                    yield part
+        except _Elsewhere as left:
+            raise left.error from None
+
+    async def _parts(
+        self, berth: TableBerth, asked: str, keys: Sequence[int], method: str, *args: Any
+    ) -> AsyncGenerator[Any]:
+        """One berth's answer, counted as outstanding until its last part has come or nobody waits for it any more."""
+        self._outstanding[berth.app] += 1
+        self._affinity.remember(keys, berth.app)
+        begun = ended = False
+        response = None
+        try:
+            response = getattr(berth.handle, method).remote(*args)
+            async for part in response:
+                if not begun and (error := refusal(part)) is not None:
+                    raise error
+                begun = True
                 yield part
+            ended = True
+        except Exception as raised:
+            found = failure(raised, asked)
+            if begun:
+                yield found.error.event()
+            elif found.elsewhere:
+                raise _Elsewhere(found.error) from raised
+            else:
+                raise found.error from raised
         finally:
-            self._outstanding[name] = self._outstanding.get(name, 1) - 1
+            self._outstanding[berth.app] -= 1
+            if not ended and response is not None:
+                # Who hung up in mid-stream may have done so while we waited for him, not for the berth.
+                with suppress(Exception):
+                    response.cancel()
+
+    def _keys(self, asked: str, request: Any) -> list[int]:
+        name, _, adapter = asked.partition(":")
+        return keys_of(request, name, adapter, self._models[name].prefix_slack > 0)
+
+    def _up(self, berth: TableBerth) -> bool:
+        # To a berth without a replica Serve would let requests wait until there is one, which may take minutes.
+        return self._runs(berth.handle) != 0
+
+    def _load(self, berth: TableBerth) -> float:
+        return self._outstanding[berth.app] / berth.replicas
 
 
-def choose_or_http(routes: Routes, model: str) -> tuple[Any, str]:
-    """``routes.choose``, its refusal as FastAPI's exception."""
-    from fastapi import HTTPException
+class _Elsewhere(Exception):
+    """A berth failed before it answered, in a way that another one may not."""
 
-    try:
-        return routes.choose(model)
-    except NoBerthError as error:
-        raise HTTPException(error.status, error.detail, headers=error.headers) from None
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def serve_handle(model: str, app: str) -> Any:
@@ -92,3 +217,16 @@ def serve_handle(model: str, app: str) -> Any:
     from ray import serve
 
     return serve.get_deployment_handle(model, app_name=app).options(stream=True)
+
+
+def serve_runs(handle: Any) -> int | None:
+    """How many replicas Serve's router may send to; None before it has heard of any.
+
+    Serve shows it nowhere (Ray 2.60, serve/_private/router.py); another Ray that hides it elsewhere means None.
+    """
+    try:
+        if not handle.running_replicas_populated():
+            return None
+        return len(handle._router._asyncio_router.request_router.curr_replicas)
+    except AttributeError:
+        return None

@@ -24,6 +24,7 @@ OWNED_ENGINE_ARGS = {
     "model": "model",
     "served_model_name": "name",
     "runner": "engine",
+    "lora_modules": "adapters",
 }
 """vLLM engine arguments that Berth decides, and the key of the app list that decides each."""
 
@@ -37,6 +38,10 @@ class AppSpec:
     the controller (``model`` when not given), for ``concurrency`` requests of ``max_model_len`` tokens at once.
     ``model`` is a local directory or a hub id. ``engine_args`` go to vLLM as they are;
     ``env`` is the environment of the replica's process. ``num_cpus`` is what Ray books per replica.
+    A replica works on ``max_ongoing_requests`` at once; ``max_queued_requests`` more may wait at each of the model's
+    berths, and when all are full the API answers 429. ``prefix_affinity``: a prompt goes to a berth that has seen its
+    beginning while that has at most so many outstanding requests per replica more than the least loaded; 0 is off.
+    ``adapters``: LoRA adapters by name, each a directory; asked for as ``name:adapter``.
     From ``priority`` on, the planner's words: see ``berth.plan.types.Deployment``.
     """
 
@@ -53,6 +58,9 @@ class AppSpec:
     products: tuple[str, ...] = ()
     num_cpus: float = 0.1
     max_ongoing_requests: int = 64
+    max_queued_requests: int = 64
+    prefix_affinity: float = 0.0
+    adapters: dict[str, str] = field(default_factory=dict)
     engine_args: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     priority: int = 0
@@ -116,7 +124,15 @@ def load_apps(data: object) -> tuple[AppSpec, ...]:
 
 
 def _check(app: AppSpec, mend: str) -> None:
-    for key, low in (("replicas", 0), ("gpus_per_replica", 1), ("max_ongoing_requests", 1), ("num_cpus", 0)):
+    lowest = {
+        "replicas": 0,
+        "gpus_per_replica": 1,
+        "max_ongoing_requests": 1,
+        "max_queued_requests": 0,
+        "prefix_affinity": 0,
+        "num_cpus": 0,
+    }
+    for key, low in lowest.items():
         if getattr(app, key) < low:
             raise BerthError(
                 f"app {app.name}: {key} is too small", found=getattr(app, key), allowed=f">= {low}", mend=mend
@@ -143,7 +159,27 @@ def _check(app: AppSpec, mend: str) -> None:
         raise BerthError(
             f"app {app.name}: engine {app.engine} needs a model", allowed="a local directory or a hub id", mend=mend
         )
+    _check_adapters(app, mend)
     _check_engine_args(app)
+
+
+def _check_adapters(app: AppSpec, mend: str) -> None:
+    for name in app.adapters:
+        if not NAME.match(name):
+            raise BerthError(
+                f"app {app.name}: an adapter's name cannot be asked for",
+                found=repr(name),
+                allowed="lower-case letters, digits and . _ - (63 at most)",
+                mend=mend,
+            )
+    if app.adapters and app.engine == "llm" and not app.engine_args.get("enable_lora"):
+        raise BerthError(
+            f"app {app.name}: adapters need room on the GPU, which its footprint does not have",
+            found="no engine_args.enable_lora",
+            mend="set engine_args.enable_lora: true, with max_loras and max_lora_rank",
+        )
+    if app.adapters and app.engine not in ("llm", "light"):
+        raise BerthError(f"app {app.name}: engine {app.engine} takes no adapters", allowed="engine llm", mend=mend)
 
 
 def _check_engine_args(app: AppSpec) -> None:

@@ -59,12 +59,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The aim: berths by app name, the models served (with or without berths), each slot's VRAM in MiB."""
+    """The aim: berths by app name, the models served (with or without berths), each slot's VRAM in MiB, and the
+    models whose prompts' beginnings count in the gateway (``AppSpec.prefix_affinity``)."""
 
     berths: Mapping[str, Config]
     models: Sequence[str]
     capacity_mib: Mapping[str, int]
     options: ServeOptions
+    prefix_affinity: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -244,7 +246,7 @@ def _table(now: _Now, going: set[str] | None = None) -> dict[str, Any]:
     staying = [now.wanted.berths[name] for name in usable if name in now.wanted.berths]
     served = {_model(app) for app in staying}
     fallback = [now.ours[name] for name in usable if _model(now.ours[name]) not in served]
-    return gateway_table(now.wanted.models, [*staying, *fallback])
+    return gateway_table(now.wanted.models, [*staying, *fallback], now.wanted.prefix_affinity)
 
 
 def _failed(now: _Now) -> list[str]:
@@ -257,9 +259,8 @@ def _clear(now: _Now, failed: Sequence[str]) -> Step:
     gateway = None
     if now.gateway is not None and GATEWAY not in failed:
         left = {model: [name for name in names if name in keep] for model, names in _models(now.gateway).items()}
-        gateway = gateway_app(
-            gateway_table(left, [keep[name] for names in left.values() for name in names]), now.wanted.options
-        )
+        berths = [keep[name] for names in left.values() for name in names]
+        gateway = gateway_app(gateway_table(left, berths, now.wanted.prefix_affinity), now.wanted.options)
     return now.put(f"clear what failed before: {', '.join(failed)}", keep, gateway)
 
 
@@ -310,7 +311,10 @@ def _essence(app: Config) -> dict[str, Any]:
         "actor": {key: actor.get(key) for key in ("num_cpus", "num_gpus", "resources", "label_selector")},
         **{
             key: deployment.get(key)
-            for key in ("name", "num_replicas", "max_ongoing_requests", "graceful_shutdown_timeout_s", "user_config")
+            for key in (
+                *("name", "num_replicas", "max_ongoing_requests", "max_queued_requests"),
+                *("graceful_shutdown_timeout_s", "user_config"),
+            )
         },
     }
 

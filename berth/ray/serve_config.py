@@ -15,6 +15,9 @@ from berth.plan.types import Berth, Plan, PlannedFootprint, Slot
 GATEWAY = "berth-gateway"
 BUILD = "berth.engines.app:build"
 BUILD_GATEWAY = "berth.engines.app:build_gateway"
+GATEWAY_REQUESTS = 10_000
+"""Requests that a gateway holds, and as many again that a proxy keeps for it. What is asked of models ends much sooner,
+at the limits of their berths; this is the end of everything else."""
 SHARED_GPU = 0.01
 """Share of Ray's GPU that a replica on a shared slot asks for: a token, so that Ray sets its devices; VRAM_MB binds."""
 
@@ -56,6 +59,7 @@ def berth_app(
             "vram_mib": berth.vram_mib,
             # vLLM checks total x utilization against what is free, even when the KV budget is given in bytes.
             "gpu_memory_utilization": math.floor(10_000 * berth.vram_mib / slot.total_mib) / 10_000,
+            **({"adapters": dict(spec.adapters)} if spec.adapters else {}),
         },
         "runtime_env": {"env_vars": env} if env else {},
         "deployments": [
@@ -63,6 +67,9 @@ def berth_app(
                 "name": spec.name,
                 "num_replicas": berth.replicas,
                 "max_ongoing_requests": spec.max_ongoing_requests,
+                # Serve counts a request as queued while it looks for a replica, so that a burst would be refused that
+                # the replicas could take (Ray 2.60, serve/_private/router.py): its limit is on both together.
+                "max_queued_requests": max(1, berth.replicas * spec.max_ongoing_requests + spec.max_queued_requests),
                 "graceful_shutdown_timeout_s": options.drain_s,
                 "ray_actor_options": {
                     "num_cpus": spec.num_cpus,
@@ -86,7 +93,9 @@ def gateway_app(table: Mapping[str, Any], options: ServeOptions) -> dict[str, An
             {
                 "name": "gateway",
                 "num_replicas": options.gateway_replicas,
-                "max_ongoing_requests": 1000,
+                "max_ongoing_requests": GATEWAY_REQUESTS,
+                "max_queued_requests": GATEWAY_REQUESTS,
+                "backpressure_config": {"status_code": 429, "retry_after_s": 1},
                 "user_config": dict(table),
                 "ray_actor_options": {"num_cpus": 0.1, "label_selector": {"berth.role": "slot"}},
             }
@@ -94,14 +103,29 @@ def gateway_app(table: Mapping[str, Any], options: ServeOptions) -> dict[str, An
     }
 
 
-def gateway_table(models: Iterable[str], berths: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """``user_config`` of the gateway: for each model the berths (their app configs) it may use, by name."""
+def gateway_table(
+    models: Iterable[str], berths: Iterable[Mapping[str, Any]], prefix_affinity: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """``user_config`` of the gateway: for each model the berths (their app configs) it may use, by name, and
+    ``prefix_affinity`` where it is on."""
     table: dict[str, Any] = {model: {"berths": []} for model in sorted(models)}
     for app in sorted(berths, key=lambda app: str(app["name"])):
-        model = app["args"]["model"]
-        table.setdefault(model, {"berths": []})
-        table[model]["berths"].append({"app": app["name"], "replicas": app["deployments"][0]["num_replicas"]})
+        table.setdefault(app["args"]["model"], {"berths": []})["berths"].append(_table_berth(app))
+    for model, slack in sorted((prefix_affinity or {}).items()):
+        if model in table and slack:
+            table[model]["prefix_affinity"] = slack
     return {"models": table}
+
+
+def _table_berth(app: Mapping[str, Any]) -> dict[str, Any]:
+    deployment = app["deployments"][0]
+    found = {"app": app["name"], "replicas": deployment["num_replicas"]}
+    # A berth that an earlier version made has no limit, and Serve shows none as -1.
+    if (limit := deployment.get("max_queued_requests", -1)) > 0:
+        found["limit"] = limit
+    if adapters := app["args"].get("adapters"):
+        found["adapters"] = sorted(adapters)
+    return found
 
 
 def berth_apps(plan: Plan, specs: Sequence[AppSpec], options: ServeOptions) -> dict[str, dict[str, Any]]:

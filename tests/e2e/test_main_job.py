@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -124,11 +125,41 @@ def test_the_api_answers(cluster: Cluster) -> None:
     assert len(ranked["results"]) == 2
     scores = [row["relevance_score"] for row in ranked["results"]]
     assert scores == sorted(scores, reverse=True)
-    assert cluster.api("/v1/chat/completions", {**ask, "model": "nobody"}).status_code == 404
+    _refused(cluster, {**ask, "model": "nobody"}, 404, "model_not_found")
+    _refused(
+        cluster, {**ask, "messages": [{"role": "user", "content": "word " * 3000}]}, 400, "context_length_exceeded"
+    )
+    malformed = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}
+    for stream in (False, True):
+        _refused(cluster, {**ask, "response_format": malformed, "stream": stream}, 400, None)
     logs = "".join(
         file.read_text() for file in cluster.run_dir.glob("local-0/session_latest/logs/serve/replica_chat@*")
     )
     assert "CALL /v1/chat/completions OK" in logs, "vLLM's import closed the replica's log"
+
+
+def _refused(cluster: Cluster, ask: dict[str, Any], status: int, code: str | None) -> None:
+    answer = cluster.api("/v1/chat/completions", ask)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"] == {**answer.json()["error"], "type": "invalid_request_error", "code": code}
+
+
+def test_who_hangs_up_is_forgotten_by_the_engine(cluster: Cluster) -> None:
+    ask = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1500, "ignore_eos": True}
+    streams = [cluster.api("/v1/chat/completions", {**ask, "stream": True}, stream=True) for _ in range(4)]
+    assert sum(cluster.api("/healthz").json()["outstanding"].values()) == 4
+    for stream in streams:
+        stream.close()
+    deadline = time.monotonic() + 20
+    while cluster.api("/healthz").json()["outstanding"] or _cancelled(cluster) < 4:
+        assert time.monotonic() < deadline, (cluster.api("/healthz").json(), _cancelled(cluster))
+        time.sleep(0.2)
+
+
+def _cancelled(cluster: Cluster) -> int:
+    """Requests that chat's replicas gave up."""
+    files = cluster.run_dir.glob("local-*/session_latest/logs/serve/replica_chat@*")
+    return sum(file.read_text().count("CALL /v1/chat/completions CANCELLED") for file in files)
 
 
 def test_a_second_run_changes_nothing(cluster: Cluster) -> None:

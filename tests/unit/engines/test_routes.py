@@ -4,23 +4,74 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
-from berth.engines.routes import RETRY_AFTER_S, NoBerthError, Routes
+from berth.engines.affinity import BLOCK_CHARS
+from berth.engines.errors import DOWN_RETRY_S, FULL_RETRY_S, ApiError
+from berth.engines.routes import Routes
+
+
+class BackPressureError(Exception):
+    """Named as Serve's."""
+
+
+class RayActorError(Exception):
+    """Named as Ray's."""
+
+
+class ActorDiedError(RayActorError):
+    """Named as Ray's."""
+
+
+class RequestCancelledError(Exception):
+    """Named as Serve's."""
+
+
+class RayTaskError(Exception):
+    """Ray's envelope of what a replica raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("traceback of the replica")
+        self.cause = cause
+
+
+class Response:
+    """What ``remote`` gives: parts, then perhaps an error; it knows whether it was cancelled."""
+
+    def __init__(self, parts: list[Any], error: Exception | None = None) -> None:
+        self.cancelled = False
+        self._parts, self._error = parts, error
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._run()
+
+    async def _run(self) -> AsyncIterator[Any]:
+        for part in self._parts:
+            yield part
+        if self._error:
+            raise self._error
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 class Handle:
-    """A berth that answers with its own name."""
+    """A berth that answers with its own name unless told otherwise."""
 
     def __init__(self, name: str) -> None:
         self.chat = self
         self.name = name
+        self.asked: list[Any] = []
+        self.running: int | None = None
+        self.give: Callable[[], Response] = lambda: Response([self.name])
 
-    async def remote(self, *_args: Any) -> AsyncIterator[str]:
-        yield self.name
+    def remote(self, *args: Any) -> Response:
+        self.asked.append(args)
+        self.last = self.give()
+        return self.last
 
 
 def table(**models: dict[str, int]) -> dict[str, Any]:
@@ -32,21 +83,42 @@ def table(**models: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def routes(**models: dict[str, int]) -> Routes:
-    made = Routes(lambda _model, app: Handle(app))
-    made.take(table(**models))
-    return made
+class Scene:
+    """Routes over handles by name."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.handles: dict[str, Handle] = {}
+        self.routes = Routes(
+            lambda _model, app: self.handles.setdefault(app, Handle(app)), lambda handle: handle.running
+        )
+        self.routes.take(config)
+
+    def ask(self, model: str | None = "chat", request: Any = None) -> list[Any]:
+        async def run() -> list[Any]:
+            return [part async for part in self.routes.answer(model, "chat", request or {})]
+
+        return asyncio.run(run())
+
+    def refused(self, model: str | None = "chat") -> ApiError:
+        with pytest.raises(ApiError) as refused:
+            self.ask(model)
+        assert self.routes.outstanding() == {}
+        return refused.value
 
 
 def test_an_unknown_model_is_404_and_one_without_a_berth_503() -> None:
-    made = routes(chat={})
-    with pytest.raises(NoBerthError) as unknown:
-        made.choose("nope")
-    assert unknown.value.status == 404
-    with pytest.raises(NoBerthError) as empty:
-        made.choose("chat")
-    assert empty.value.status == 503
-    assert empty.value.headers == {"Retry-After": str(RETRY_AFTER_S)}
+    scene = Scene(table(chat={}))
+    unknown = scene.refused("nope")
+    assert (unknown.status, unknown.body()["error"]["code"], unknown.param) == (404, "model_not_found", "model")
+    empty = scene.refused()
+    assert (empty.status, empty.headers()) == (503, {"Retry-After": str(DOWN_RETRY_S)})
+
+
+def test_a_request_that_names_no_model_means_the_only_one() -> None:
+    assert Scene(table(chat={"a": 1})).ask(None) == ["a"]
+    refused = Scene(table(chat={"a": 1}, code={"b": 1})).refused(None)
+    assert (refused.status, refused.param) == (400, "model")
+    assert "chat, code" in refused.message
 
 
 def test_a_berth_that_is_not_there_is_left_out() -> None:
@@ -61,14 +133,13 @@ def test_a_berth_that_is_not_there_is_left_out() -> None:
 
 
 def test_requests_go_where_fewer_are_outstanding() -> None:
-    made = routes(chat={"a": 1, "b": 1})
+    scene = Scene(table(chat={"a": 1, "b": 1}))
 
     async def ask() -> Counter[str]:
         seen: Counter[str] = Counter()
         open_calls = []
         for _ in range(200):
-            handle, name = made.choose("chat")
-            call = made.call(handle, name, "chat")
+            call = scene.routes.answer("chat", "chat", {})
             seen[await anext(call)] += 1
             open_calls.append(call)
         for call in open_calls:
@@ -77,4 +148,191 @@ def test_requests_go_where_fewer_are_outstanding() -> None:
 
     seen = asyncio.run(ask())
     assert abs(seen["a"] - seen["b"]) <= 20
-    assert set(made._outstanding.values()) == {0}
+    assert scene.routes.outstanding() == {}
+
+
+def test_full_berths_answer_429_and_a_place_that_is_free_is_used() -> None:
+    config = table(chat={"a": 1, "b": 1})
+    for berth in config["models"]["chat"]["berths"]:
+        berth["limit"] = 3
+    scene = Scene(config)
+
+    async def run() -> None:
+        calls = [scene.routes.answer("chat", "chat", {}) for _ in range(6)]
+        for call in calls:
+            await anext(call)
+        assert scene.routes.outstanding() == {"a": 3, "b": 3}
+        with pytest.raises(ApiError) as refused:
+            await anext(scene.routes.answer("chat", "chat", {}))
+        assert (refused.value.status, refused.value.code) == (429, "overloaded")
+        assert refused.value.headers() == {"Retry-After": str(FULL_RETRY_S)}
+        await calls[0].aclose()
+        await anext(scene.routes.answer("chat", "chat", {}))
+
+    asyncio.run(run())
+
+
+def test_a_berth_without_a_replica_is_not_asked() -> None:
+    scene = Scene(table(chat={"a": 1, "b": 1}))
+    scene.handles["a"].running = 0
+    assert {part for _ in range(20) for part in scene.ask()} == {"b"}
+    assert scene.routes.health()[0] == 200
+    scene.handles["b"].running = 0
+    assert scene.refused().status == 503
+    assert scene.routes.health() == (503, {"models": {"chat": []}, "outstanding": {}})
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(BackPressureError("full"), 429), (ActorDiedError("died"), 503), (RayTaskError(ActorDiedError("died")), 503)],
+)
+def test_a_berth_that_fails_before_its_first_part_is_left_for_one_other(error: Exception, status: int) -> None:
+    scene = Scene(table(chat={"a": 1, "b": 1, "c": 1}))
+    scene.handles["a"].give = lambda: Response([], error)
+    scene.handles["b"].give = lambda: Response([], error)
+
+    def outcome() -> Any:
+        try:
+            return scene.ask()[0]
+        except ApiError as refused:
+            return refused.status
+
+    assert {outcome() for _ in range(60)} == {"c", status}, "once, not until somebody answers"
+    assert scene.routes.outstanding() == {}
+
+
+def test_the_only_berth_is_asked_again_only_if_it_has_another_replica() -> None:
+    for replicas, asked in ((1, 1), (2, 2)):
+        scene = Scene(table(chat={"a": replicas}))
+        scene.handles["a"].give = lambda: Response([], ActorDiedError("died"))
+        assert scene.refused().status == 503
+        assert len(scene.handles["a"].asked) == asked
+
+
+def test_after_the_first_part_nothing_is_asked_again_and_the_error_is_the_last_event() -> None:
+    scene = Scene(table(chat={"a": 2}))
+    scene.handles["a"].give = lambda: Response(["data: 1\n\n"], ActorDiedError("died"))
+    parts = scene.ask()
+    assert parts[0] == "data: 1\n\n"
+    assert parts[1].startswith('data: {"error": {"message": "The model `chat` has no berth')
+    assert len(scene.handles["a"].asked) == 1
+    assert scene.routes.outstanding() == {}
+
+
+def test_what_the_request_is_to_blame_for_is_not_asked_again() -> None:
+    scene = Scene(table(chat={"a": 1, "b": 1}))
+    answers = {
+        "engine": (Response([{"error": {"message": "no", "type": "x", "param": "p", "code": 400}}]), 400),
+        "stream": (Response([['data: {"error": {"message": "no", "code": 422}}\n\n']]), 422),
+        "ours": (Response([], RayTaskError(ApiError(400, "no"))), 400),
+        "cancelled": (Response([], RequestCancelledError()), 499),
+        "bug": (Response([], KeyError("inside")), 500),
+    }
+    for name, (response, status) in answers.items():
+        for handle in scene.handles.values():
+            handle.asked.clear()
+            handle.give = lambda response=response: response
+        refused = scene.refused()
+        assert refused.status == status, name
+        assert sum(len(handle.asked) for handle in scene.handles.values()) == 1, name
+        assert "inside" not in refused.message
+
+
+def test_who_hangs_up_ends_the_request_of_the_berth() -> None:
+    scene = Scene(table(chat={"a": 1}))
+    scene.handles["a"].give = lambda: Response(["1", "2"])
+
+    async def run() -> None:
+        call = scene.routes.answer("chat", "chat", {})
+        await anext(call)
+        assert scene.routes.outstanding() == {"a": 1}
+        await call.aclose()
+
+    asyncio.run(run())
+    assert scene.handles["a"].last.cancelled
+    assert scene.routes.outstanding() == {}
+
+
+def test_a_berth_that_leaves_the_table_ends_what_it_began() -> None:
+    scene = Scene(table(chat={"a": 1}))
+    scene.handles["a"].give = lambda: Response(["1", "2"])
+
+    async def run() -> list[str]:
+        call = scene.routes.answer("chat", "chat", {})
+        parts = [await anext(call)]
+        scene.routes.take(table(chat={"b": 1}))
+        assert scene.routes.outstanding() == {"a": 1}
+        parts += [part async for part in call]
+        return parts
+
+    assert asyncio.run(run()) == ["1", "2"]
+    assert scene.routes.outstanding() == {}
+    assert not scene.handles["a"].last.cancelled
+    assert scene.ask() == ["b"]
+
+
+def prompt(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+def with_affinity(slack: float, **berths: int) -> Scene:
+    config = table(chat=berths)
+    config["models"]["chat"]["prefix_affinity"] = slack
+    return Scene(config)
+
+
+def test_a_prompt_goes_where_its_beginning_went() -> None:
+    scene = with_affinity(2, a=1, b=1, c=1, d=1)
+    begins = {letter: letter * (4 * BLOCK_CHARS) for letter in "uvwxyz"}
+    first = {letter: scene.ask(request=prompt(text))[0] for letter, text in begins.items()}
+    for letter, text in begins.items():
+        for end in ("", " and on", text):
+            assert scene.ask(request=prompt(text + end)) == [first[letter]]
+
+
+def test_the_longest_known_beginning_wins() -> None:
+    scene = with_affinity(100, a=1, b=1)
+    scene.routes._affinity.remember(scene.routes._keys("chat", prompt("s" * BLOCK_CHARS)), "a")
+    scene.routes._affinity.remember(scene.routes._keys("chat", prompt("s" * 2 * BLOCK_CHARS))[-1:], "b")
+    assert {scene.ask(request=prompt("s" * 3 * BLOCK_CHARS))[0] for _ in range(9)} == {"b"}
+
+
+def test_affinity_ends_where_the_load_is_uneven() -> None:
+    scene = with_affinity(2, a=1, b=1)
+    text = prompt("p" * 2 * BLOCK_CHARS)
+
+    async def run() -> list[Any]:
+        calls = [scene.routes.answer("chat", "chat", text) for _ in range(40)]
+        return [await anext(call) for call in calls]
+
+    seen = Counter(asyncio.run(run()))
+    assert abs(seen["a"] - seen["b"]) <= 3, "slack 2, and one in between"
+
+
+def test_without_the_option_a_beginning_does_not_count() -> None:
+    scene = Scene(table(chat={"a": 1, "b": 1}))
+    assert {scene.ask(request=prompt("p" * 4 * BLOCK_CHARS))[0] for _ in range(60)} == {"a", "b"}
+
+
+def test_an_adapter_goes_where_it_is_and_where_it_was() -> None:
+    config = table(chat={"a": 1, "b": 1, "c": 1})
+    for berth in config["models"]["chat"]["berths"][1:]:
+        berth["adapters"] = ["sql"]
+    scene = Scene(config)
+    assert scene.routes.ids() == ["chat", "chat:sql"]
+    (home,) = {scene.ask("chat:sql")[0] for _ in range(20)}
+    assert home in ("b", "c")
+    refused = scene.refused("chat:nope")
+    assert (refused.status, refused.code) == (404, "model_not_found")
+    assert {scene.ask()[0] for _ in range(60)} == {"a", "b", "c"}, "the model itself is everywhere"
+
+
+def test_memory_of_beginnings_is_bounded_and_forgets_berths_that_left() -> None:
+    from berth.engines.affinity import Affinity
+
+    affinity = Affinity(size=3)
+    affinity.remember([1, 2, 3, 4], "a")
+    assert affinity.find([1], {"a": 0.0}, 1) is None
+    assert affinity.find([4], {"a": 0.0}, 1) == "a"
+    affinity.forget({"b"})
+    assert affinity.find([4], {"a": 0.0}, 1) is None

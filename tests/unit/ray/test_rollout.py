@@ -351,6 +351,14 @@ def test_a_setting_that_needs_no_restart_changes_in_place() -> None:
     assert serve.restarts == []
 
 
+def test_queues_get_an_end_without_a_restart() -> None:
+    serve = running([app("chat", "gpu01-0")])
+    del serve.apps["chat@gpu01-0"].config["deployments"][0]["max_queued_requests"]
+    aim = wanted([app("chat", "gpu01-0")], CAPACITY)
+    assert why(drive(serve, aim))[0] == "make chat@gpu01-0"
+    assert serve.restarts == []
+
+
 def test_done_at_once_when_serve_runs_the_plan() -> None:
     serve = running([app("chat", "gpu01-0", 2), app("rerank", "gpu01-1")])
     aim = wanted([app("chat", "gpu01-0", 2), app("rerank", "gpu01-1")], CAPACITY)

@@ -23,6 +23,8 @@ DEPLOYMENT_KEYS = {
     "name",
     "num_replicas",
     "max_ongoing_requests",
+    "max_queued_requests",
+    "backpressure_config",
     "graceful_shutdown_timeout_s",
     "user_config",
     "ray_actor_options",
@@ -74,7 +76,9 @@ def test_the_engine_never_takes_more_than_its_share(vram: int, beside: int) -> N
 
 def test_a_change_of_count_changes_nothing_that_restarts_replicas() -> None:
     one, three = berth(count=1), berth(count=3)
-    one["deployments"][0].pop("num_replicas"), three["deployments"][0].pop("num_replicas")
+    for config in (one, three):
+        # Both "lightweight" in Ray 2.60, serve/_private/config.py.
+        del config["deployments"][0]["num_replicas"], config["deployments"][0]["max_queued_requests"]
     assert one == three
 
 
@@ -93,7 +97,12 @@ def test_the_gateway_has_its_table_where_a_change_restarts_nothing() -> None:
     table = gateway_table(["chat", "rerank"], [app("chat", "gpu01-1", 2), app("chat", "gpu01-0")])
     assert table == {
         "models": {
-            "chat": {"berths": [{"app": "chat@gpu01-0", "replicas": 1}, {"app": "chat@gpu01-1", "replicas": 2}]},
+            "chat": {
+                "berths": [
+                    {"app": "chat@gpu01-0", "replicas": 1, "limit": 64 + 64},
+                    {"app": "chat@gpu01-1", "replicas": 2, "limit": 2 * 64 + 64},
+                ]
+            },
             "rerank": {"berths": []},
         }
     }
@@ -101,6 +110,31 @@ def test_the_gateway_has_its_table_where_a_change_restarts_nothing() -> None:
     assert (config["name"], config["route_prefix"], config["args"]) == (GATEWAY, "/", {})
     assert config["deployments"][0]["user_config"] == table
     assert actor(config) == {"num_cpus": 0.1, "label_selector": {"berth.role": "slot"}}
+
+
+def test_a_berths_queue_has_an_end_for_serve_and_for_the_gateway() -> None:
+    config = berth(count=3, max_ongoing_requests=10, max_queued_requests=5)
+    assert config["deployments"][0]["max_ongoing_requests"] == 10
+    assert config["deployments"][0]["max_queued_requests"] == 35
+    (entry,) = gateway_table(["chat"], [config])["models"]["chat"]["berths"]
+    assert entry == {"app": "chat@gpu01-0", "replicas": 3, "limit": 35}
+    assert berth(count=0, max_queued_requests=0)["deployments"][0]["max_queued_requests"] == 1, "Serve refuses 0"
+
+
+def test_a_berth_of_an_earlier_version_has_no_end_until_it_is_adjusted() -> None:
+    config = berth()
+    del config["deployments"][0]["max_queued_requests"]
+    assert gateway_table([], [config])["models"]["chat"]["berths"] == [{"app": "chat@gpu01-0", "replicas": 1}]
+
+
+def test_the_table_knows_adapters_and_prefixes() -> None:
+    config = berth(adapters={"sql": "/models/sql", "legal": "/models/legal"}, engine_args={"enable_lora": True})
+    table = gateway_table(["chat", "rerank"], [config], {"chat": 8.0, "rerank": 0.0, "gone": 8.0})
+    assert config["args"]["adapters"] == {"sql": "/models/sql", "legal": "/models/legal"}
+    assert table["models"]["chat"]["prefix_affinity"] == 8.0
+    assert table["models"]["chat"]["berths"][0]["adapters"] == ["legal", "sql"]
+    assert table["models"]["rerank"] == {"berths": []}
+    assert "adapters" not in berth()["args"], "an app without any has the arguments it always had: no restart"
 
 
 def test_a_berth_of_a_model_that_is_no_longer_wanted_stays_in_the_table_until_it_goes() -> None:

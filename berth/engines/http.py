@@ -1,0 +1,103 @@
+"""What the two gateways share of HTTP: errors in OpenAI's shape, the list of models, the rerank API."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from berth.engines.errors import ApiError, unknown
+from berth.engines.routes import Routes
+
+
+class RerankRequest(BaseModel):
+    """The common rerank API (Cohere's and Jina's shape)."""
+
+    model: str | None = None
+    query: str
+    documents: list[str] = Field(min_length=1)
+    top_n: int | None = Field(default=None, ge=1)
+    return_documents: bool = True
+
+
+async def answered(parts: AsyncIterator[Any]) -> Response:
+    """An answer in plain JSON whole, or event by event; its status is known when its first part is."""
+    first = await anext(parts)
+    if isinstance(first, dict):
+        return JSONResponse(first)
+    return StreamingResponse(_events(first, parts), media_type="text/event-stream")
+
+
+async def _events(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for event in rest:
+        yield event
+    yield "data: [DONE]\n\n"
+
+
+def ranked(body: RerankRequest, scores: Iterable[tuple[int, float]], about: dict[str, Any]) -> JSONResponse:
+    """The answer to ``body`` from each document's index and score; ``about``: its id and usage."""
+    rows = [
+        {"index": index, "relevance_score": score}
+        | ({"document": {"text": body.documents[index]}} if body.return_documents else {})
+        for index, score in sorted(scores, key=lambda item: (-item[1], item[0]))[: body.top_n]
+    ]
+    return JSONResponse({**about, "model": body.model, "results": rows})
+
+
+def model_card(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "berth"}
+
+
+def model_list(routes: Routes, created: int) -> JSONResponse:
+    """Models and adapters of the table; ``created``: seconds since 1970, of the gateway, for want of better."""
+    return JSONResponse({"object": "list", "data": [model_card(name, created) for name in routes.ids()]})
+
+
+def one_model(routes: Routes, name: str, created: int) -> JSONResponse:
+    if name not in routes.ids():
+        raise unknown(name)
+    return JSONResponse(model_card(name, created))
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every refusal as OpenAI's: ours, Starlette's (unknown path, wrong method) and FastAPI's of a body (400, not
+    422)."""
+    app.add_exception_handler(ApiError, _ours)
+    app.add_exception_handler(HTTPException, _starlette)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _bug)
+
+
+async def _ours(_request: Any, error: ApiError) -> JSONResponse:
+    return error_response(error)
+
+
+async def _starlette(_request: Any, error: HTTPException) -> JSONResponse:
+    return error_response(ApiError(error.status_code, str(error.detail)))
+
+
+async def _invalid(_request: Any, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        why = first.get("ctx", {}).get("error", "")
+        return error_response(ApiError(400, f"The body of the request is not JSON: {why}."))
+    # FastAPI puts where it looked before the path (body), and pydantic between the keys which class it tried.
+    where = ".".join(str(part) for part in first["loc"][1:] if re.fullmatch("[a-z0-9_]+", str(part)))
+    message = f"{where or 'The body'}: {first['msg']}."
+    return error_response(ApiError(400, message, param=where or None))
+
+
+async def _bug(_request: Any, _error: Exception) -> JSONResponse:
+    # Starlette logs it; a client gets no insides.
+    return error_response(ApiError(500, "The gateway failed to answer.", code="internal_error"))

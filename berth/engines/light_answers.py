@@ -1,0 +1,194 @@
+"""What the light engine says: OpenAI's objects and events, with words and vectors that follow from the request."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any, cast
+
+from berth.engines.errors import ApiError
+
+TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request, whole or in events. ``about`` is what all of them share: id, created, model."""
+
+    about: dict[str, Any]
+    kind: str
+    response: str
+    """The class of ray.serve.llm's that a whole answer is."""
+    prompt_tokens: int
+
+    def whole(self, words: list[str], finish: str) -> dict[str, Any]:
+        text = "".join(words)
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
+        choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        return {**self.about, "object": self.kind, "choices": [choice], "usage": self._usage(len(words))}
+
+    def event(self, word: str, first: bool = False, finish: str | None = None) -> str:
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
+        if self._chat:
+            choice["delta"] = {"role": "assistant", "content": ""} if first else {"content": word} if word else {}
+        else:
+            choice["text"] = word
+        return self._event([choice])
+
+    def usage_event(self, count: int) -> str:
+        """The last event where ``stream_options.include_usage`` is set: no choice, the usage alone."""
+        return self._event([], usage=self._usage(count))
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        kind = "chat.completion.chunk" if self._chat else self.kind
+        return f"data: {json.dumps({**self.about, 'object': kind, 'choices': choices, **more})}\n\n"
+
+    def _usage(self, count: int) -> dict[str, int]:
+        return usage(self.prompt_tokens, count)
+
+    @property
+    def _chat(self) -> bool:
+        return self.kind == "chat.completion"
+
+
+def chat(about: dict[str, Any], asked: dict[str, Any]) -> Answer:
+    text = " ".join(str(message.get("content")) for message in asked.get("messages", ()))
+    return Answer(about, "chat.completion", "ChatCompletionResponse", count(text))
+
+
+def completion(about: dict[str, Any], asked: dict[str, Any]) -> Answer:
+    return Answer(about, "text_completion", "CompletionResponse", count(asked.get("prompt", "")))
+
+
+def words(model: str, asked: dict[str, Any], length: int) -> list[str]:
+    """``length`` words, or JSON that a requested schema admits, in as many pieces as it takes."""
+    if (schema := _schema(asked.get("response_format"))) is not None:
+        text = json.dumps(instance(schema, schema))
+        return [text[start : start + 8] for start in range(0, len(text), 8)]
+    return [*["light", " replica", " of", f" {model}"][:length], *(f" {index}" for index in range(4, length))]
+
+
+def embeddings(about: dict[str, Any], asked: dict[str, Any], dimensions: int) -> dict[str, Any]:
+    """Unit vectors that depend on the text alone."""
+    given = asked.get("input", "")
+    inputs = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    rows = [
+        {"object": "embedding", "index": index, "embedding": _encoded(vector(str(text), dimensions), asked)}
+        for index, text in enumerate(inputs)
+    ]
+    return {**about, "object": "list", "data": rows, "usage": usage(sum(map(count, inputs)))}
+
+
+def scores(about: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """The share of the query's words that each document has."""
+    query = set(str(asked["text_1"]).lower().split())
+    found = [query & set(str(text).lower().split()) for text in asked["text_2"]]
+    rows = [
+        {"object": "score", "index": index, "score": len(common) / max(1, len(query))}
+        for index, common in enumerate(found)
+    ]
+    return {**about, "object": "list", "data": rows, "usage": usage(sum(map(count, asked["text_2"])))}
+
+
+def vector(text: str, dimensions: int) -> list[float]:
+    numbers = [
+        int.from_bytes(hashlib.blake2b(f"{index} {text}".encode(), digest_size=4).digest(), "big") / 2**31 - 1
+        for index in range(dimensions)
+    ]
+    length = math.hypot(*numbers) or 1.0
+    return [number / length for number in numbers]
+
+
+def instance(schema: Any, root: dict[str, Any]) -> Any:
+    """The least value that a JSON schema admits, by its common words."""
+    if "$ref" in schema:
+        found: Any = root
+        for key in schema["$ref"].removeprefix("#/").split("/"):
+            found = found[key]
+        return instance(found, root)
+    if "const" in schema or "enum" in schema:
+        return schema["const"] if "const" in schema else schema["enum"][0]
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        return instance(choices[0], root)
+    kind = _kind(schema)
+    if kind == "object":
+        return {key: instance(value, root) for key, value in schema.get("properties", {}).items()}
+    if kind == "array":
+        return [instance(schema.get("items", {"type": "null"}), root)] * schema.get("minItems", 0)
+    lowest = schema.get("minimum", 0)
+    return {"string": "light", "integer": lowest, "number": float(lowest), "boolean": False}.get(kind)
+
+
+def usage(prompt: int, answered: int = 0) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered}
+
+
+def count(given: Any) -> int:
+    """Tokens of a text or of token ids; words are tokens here."""
+    if isinstance(given, list):
+        return len(given) if given and isinstance(given[0], int) else sum(map(count, given))
+    return len(str(given).split())
+
+
+def plain(request: Any) -> dict[str, Any]:
+    """The light gateway asks with plain JSON, ray.serve.llm's with its classes."""
+    if isinstance(request, dict):
+        return request
+    found: dict[str, Any] = request.model_dump(exclude_unset=True, by_alias=True)
+    return found
+
+
+def in_kind(body: dict[str, Any], request: Any, response: str) -> Any:
+    """In the kind of the question."""
+    if isinstance(request, dict):
+        return body
+    from ray.llm._internal.serve.core.configs import openai_api_models as shapes
+
+    return getattr(shapes, response)(**body)
+
+
+def _encoded(numbers: list[float], asked: dict[str, Any]) -> Any:
+    """OpenAI's own client asks for base64 of little-endian float32."""
+    if asked.get("encoding_format") == "base64":
+        return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+    return numbers
+
+
+def _schema(response_format: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The schema of a ``response_format``, None where any text will do.
+
+    Raises:
+        ApiError: 400 for a schema that is none.
+    """
+    if not response_format or response_format.get("type") in (None, "text"):
+        return None
+    if response_format["type"] == "json_object":
+        return {"type": "object"}
+    schema = (response_format.get("json_schema") or {}).get("schema")
+    if problem := _problem(schema):
+        message = f"The JSON schema of response_format is malformed: {problem}."
+        raise ApiError(400, message, param="response_format")
+    return cast(dict[str, Any], schema)
+
+
+def _kind(schema: dict[str, Any]) -> Any:
+    kind = schema.get("type", "object")
+    return kind[0] if isinstance(kind, list) and kind else kind
+
+
+def _problem(schema: Any) -> str:
+    """What is wrong with a schema, looked at as far as this engine reads it."""
+    if not isinstance(schema, dict):
+        return f"a schema is an object, found {type(schema).__name__}"
+    kind = _kind(schema)
+    if kind not in TYPES:
+        return f"type {kind!r} is none of {', '.join(TYPES)}"
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        return "properties is not an object"
+    parts = [*properties.values(), *([schema["items"]] if "items" in schema else [])]
+    return next(filter(None, map(_problem, parts)), "")

@@ -1,0 +1,399 @@
+"""The gateway on a real, small Ray Serve with light berths: what clients see when all is well and when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import requests
+from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
+
+from berth.client import client
+from berth.gpu.sim import build
+from berth.plan.types import Berth
+from berth.ray.serve_config import ServeOptions, berth_app, gateway_app, gateway_table
+from tests.conftest import find_runtime
+from tests.unit.client import examples
+from tests.unit.engines.streams import Stream, open_stream
+from tests.unit.ray.builders import slot, spec
+
+ROOT = Path(__file__).parents[3]
+PORT = 23790
+OPTIONS = ServeOptions("127.0.0.1", PORT, drain_s=60.0)
+PROFILE = {
+    "driver_version": "580.95.05",
+    "context_mib": 10,
+    "gpus": [{"product": "NVIDIA L4", "memory_mib": 10000, "reserved_mib": 500, "compute_capability": "8.9"}],
+}
+QUICK = {"tokens": 4, "max_model_len": 50}
+
+pytestmark = pytest.mark.runtime
+
+
+def light(model: str, place: str, count: int = 1, engine_args: dict[str, Any] | None = None, **more: Any) -> Any:
+    """A light berth; all of them are on the one node there is."""
+    made = spec(model, engine="light", model="", num_cpus=0.01, engine_args={"hold_mib": 20, **(engine_args or {})})
+    made = type(made)(**{**vars(made), **more})
+    config = berth_app(made, Berth(model, place, count, 100, "test"), slot("local-0"), OPTIONS)
+    return {**config, "name": f"{model}@{place}"}
+
+
+APPS = {
+    app["name"]: app
+    for app in (
+        light("chat", "a", engine_args=QUICK, adapters={"sql": "/nowhere"}),
+        light("chat", "b", engine_args=QUICK, adapters={"sql": "/nowhere"}),
+        light("embedding", "a", engine_args={"dimensions": 8}),
+        light("rerank", "a"),
+        light("slow", "a", engine_args={"tokens": 30, "token_s": 0.2}, max_ongoing_requests=100),
+        light("slow", "b", engine_args={"tokens": 30, "token_s": 0.2}, max_ongoing_requests=100),
+        light("small", "a", engine_args={"tokens": 30, "token_s": 1}, max_ongoing_requests=2, max_queued_requests=1),
+        light("many", "a", engine_args={"tokens": 2, "token_s": 15}, max_ongoing_requests=600),
+        light("many", "b", engine_args={"tokens": 2, "token_s": 15}, max_ongoing_requests=600),
+    )
+}
+
+
+class Cluster:
+    """The driver's end of gateway_cluster.py."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        assert self._answer() == {"ready": True}
+
+    def tell(self, **command: Any) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                assert "error" not in found, found
+                return found
+        raise AssertionError("the cluster ended")
+
+    def serve(self, names: set[str], table: set[str] | None = None) -> None:
+        """Set the apps, and the berths that the gateway may use (all of them)."""
+        apps = [APPS[name] for name in sorted(names)]
+        routed = [app for app in apps if table is None or app["name"] in table]
+        models = sorted({app["args"]["model"] for app in APPS.values()})
+        self.tell(apps=[*apps, gateway_app(gateway_table(models, routed, {"chat": 8.0}), OPTIONS)])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    python = find_runtime()
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("the simulated driver is built on the spot and there is no C compiler")
+    sim = tmp_path_factory.mktemp("sim")
+    build.install(sim, PROFILE, seed="gateway")
+    temp_dir = f"/tmp/berth-gateway-{os.getpid()}"
+    env = {**os.environ, **build.environment(sim), "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    process = subprocess.Popen(
+        [python, str(Path(__file__).with_name("gateway_cluster.py")), str(PORT), temp_dir],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(sim / "stderr").open("w"),
+        text=True,
+    )
+    try:
+        made = Cluster(process)
+        made.serve(set(APPS))
+        yield made
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        assert process.stdin
+        process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        for member in (*family, process):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        print(errors(Path(temp_dir)))  # shown by pytest beside what failed
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def errors(temp_dir: Path) -> str:
+    """What Serve's own processes and the replicas complained of."""
+    found = []
+    for log in sorted(temp_dir.glob("session_latest/logs/serve/*.log")):
+        lines = [line for line in log.read_text().splitlines() if "Error" in line or "ERROR" in line]
+        found += [f"--- {log.name}", *lines[-20:]] if lines else []
+    return "\n".join(found)
+
+
+def post(path: str, body: Any, **more: Any) -> requests.Response:
+    return requests.post(f"http://127.0.0.1:{PORT}{path}", json=body, timeout=60, **more)
+
+
+def chat(model: str, content: Any = "hello there", **more: Any) -> requests.Response:
+    return post("/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": content}], **more})
+
+
+def health() -> dict[str, Any]:
+    found: dict[str, Any] = requests.get(f"http://127.0.0.1:{PORT}/healthz", timeout=60).json()
+    return found
+
+
+def wait(what: Callable[[], Any], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, f"{what} is not so after {seconds} s: {health()}"
+        time.sleep(0.1)
+
+
+def idle() -> bool:
+    return health()["outstanding"] == {}
+
+
+def test_every_route_answers_in_openais_shape(cluster: Cluster) -> None:
+    models = requests.get(f"http://127.0.0.1:{PORT}/v1/models", timeout=60).json()["data"]
+    assert [model["id"] for model in models] == ["chat", "chat:sql", "embedding", "many", "rerank", "slow", "small"]
+    assert requests.get(f"http://127.0.0.1:{PORT}/v1/models/chat:sql", timeout=60).json()["id"] == "chat:sql"
+    answer = chat("chat").json()
+    assert answer["choices"][0]["message"] == {**answer["choices"][0]["message"], "content": "light replica of chat"}
+    assert answer["usage"]["prompt_tokens"] == 2
+    assert answer["usage"]["completion_tokens"] == 4
+    cut = chat("chat:sql", max_tokens=2).json()
+    assert (cut["choices"][0]["finish_reason"], cut["model"]) == ("length", "chat:sql")
+    text = post("/v1/completions", {"model": "chat", "prompt": "one two three"}).json()
+    assert (text["choices"][0]["text"], text["usage"]["prompt_tokens"]) == ("light replica of chat", 3)
+    vectors = post("/v1/embeddings", {"model": "chat", "input": ["a", "b", "a"], "dimensions": 8}).json()["data"]
+    assert [len(row["embedding"]) for row in vectors] == [8, 8, 8]
+    assert vectors[0]["embedding"] == vectors[2]["embedding"] != vectors[1]["embedding"]
+    documents = ["a fox", "a lazy dog", "no match"]
+    ranked = post("/v1/rerank", {"model": "chat", "query": "lazy dog", "documents": documents, "top_n": 2}).json()
+    assert [(row["index"], row["document"]["text"]) for row in ranked["results"]] == [(1, "a lazy dog"), (0, "a fox")]
+
+
+def test_a_stream_is_openais_with_usage_where_asked(cluster: Cluster) -> None:
+    async def run() -> Stream:
+        return await (await open_stream(PORT, "chat", stream_options={"include_usage": True})).rest()
+
+    stream = asyncio.run(run())
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    assert stream.done
+    chunks = [json.loads(event) for event in stream.events[:-1]]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1]) == "light replica of chat"
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 4)
+
+
+def test_the_documents_examples_work(cluster: Cluster) -> None:
+    """openai's client, Berth's and LangChain's: chat, streams, embeddings, models, structured answers, rerank."""
+    examples.expected(examples.run(f"http://127.0.0.1:{PORT}/v1"))
+
+
+def test_openais_clients_raise_what_the_gateway_says(cluster: Cluster) -> None:
+    api = client(f"http://127.0.0.1:{PORT}/v1", max_retries=0)
+    question: Any = [{"role": "user", "content": "hi"}]
+    with pytest.raises(openai.NotFoundError) as unknown:
+        api.chat.completions.create(model="nobody", messages=question)
+    assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as long:
+        api.chat.completions.create(model="chat", messages=question, max_tokens=60)
+    assert long.value.code == "context_length_exceeded"
+    langchain = ChatOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key=SecretStr("none"), model="nobody")
+    with pytest.raises(openai.NotFoundError):
+        langchain.invoke("hi")
+
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "param"),
+    [
+        (CHAT, {"model": "nobody", "messages": MESSAGES}, 404, "model_not_found", "model"),
+        (CHAT, {"model": "chat:nobody", "messages": MESSAGES}, 404, "model_not_found", "model"),
+        (CHAT, {"messages": MESSAGES}, 400, None, "model"),
+        (CHAT, {"model": "chat", "messages": "hi"}, 400, None, "messages"),
+        (
+            CHAT,
+            {"model": "chat", "messages": MESSAGES, "max_tokens": "many"},
+            400,
+            None,
+            "max_tokens",
+        ),
+        (CHAT, b'{"model": ', 400, None, None),
+        (
+            CHAT,
+            {"model": "chat", "messages": [{"role": "user", "content": "word " * 60}]},
+            400,
+            "context_length_exceeded",
+            "messages",
+        ),
+        (
+            CHAT,
+            {"model": "chat", "messages": MESSAGES, "stream": True, "response_format": SCHEMA},
+            400,
+            None,
+            "response_format",
+        ),
+        ("/v1/embeddings", {"model": "chat", "input": {"a": 1}}, 400, None, "input"),
+        ("/v1/rerank", {"model": "chat", "query": "a", "documents": []}, 400, None, "documents"),
+        ("/v1/nothing", {}, 404, None, None),
+    ],
+)
+def test_refusals_are_openais(cluster: Cluster, path: str, body: Any, status: int, code: Any, param: Any) -> None:
+    url = f"http://127.0.0.1:{PORT}{path}"
+    data = body if isinstance(body, bytes) else json.dumps(body)
+    answer = requests.post(url, data=data, headers={"Content-Type": "application/json"}, timeout=60)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["type"], error["code"]) == ("invalid_request_error", code)
+    assert (error["param"] or "").partition(".")[0] == (param or "")
+    assert error["message"]
+
+
+def test_full_berths_say_so_and_who_hangs_up_makes_room(cluster: Cluster) -> None:
+    async def run() -> None:
+        streams = [await open_stream(PORT, "small") for _ in range(2)]
+        waiting = asyncio.create_task(open_stream(PORT, "small"))
+        await asyncio.to_thread(wait, lambda: health()["outstanding"] == {"small@a": 3})
+        refused = await open_stream(PORT, "small")
+        assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+        assert not waiting.done()
+        refused.close()
+        streams[0].close()
+        third = await asyncio.wait_for(waiting, 20)
+        assert third.status == 200, "the engine did not stop for whom nobody hears"
+        for stream in (streams[1], third):
+            stream.close()
+        await asyncio.to_thread(wait, idle)
+        again = [await asyncio.wait_for(open_stream(PORT, "small"), 20) for _ in range(2)]
+        for stream in again:
+            stream.close()
+
+    asyncio.run(run())
+    assert chat("small", max_tokens=1).status_code == 200
+    wait(idle)
+
+
+def test_a_client_that_does_not_stream_and_hangs_up_is_forgotten_too(cluster: Cluster) -> None:
+    with pytest.raises(requests.Timeout):
+        requests.post(
+            f"http://127.0.0.1:{PORT}/v1/chat/completions",
+            json={"model": "small", "messages": MESSAGES},
+            timeout=1,
+        )
+    wait(idle)
+
+
+def test_a_berth_leaves_the_table_and_goes_under_load_without_an_error(cluster: Cluster) -> None:
+    with Load("slow") as load:
+
+        async def run() -> list[Stream]:
+            streams = [await open_stream(PORT, "slow") for _ in range(20)]
+            await asyncio.to_thread(cluster.serve, set(APPS), set(APPS) - {"slow@b"})
+            assert health()["models"]["slow"] == ["slow@a"]
+            await asyncio.to_thread(cluster.serve, set(APPS) - {"slow@b"})
+            await asyncio.to_thread(cluster.serve, set(APPS), set(APPS) - {"slow@b"})
+            await asyncio.to_thread(cluster.serve, set(APPS))
+            return await asyncio.gather(*(stream.rest() for stream in streams))
+
+        streams = asyncio.run(run())
+    assert all(stream.done and stream.error is None for stream in streams)
+    assert load.sent > 5
+    assert load.failures == []
+    assert health()["models"]["slow"] == ["slow@a", "slow@b"]
+    wait(idle)
+
+
+def test_a_killed_replica_fails_only_what_had_begun_there(cluster: Cluster) -> None:
+    with Load("slow") as load:
+
+        async def run() -> tuple[int, list[Stream]]:
+            streams = [await open_stream(PORT, "slow") for _ in range(20)]
+            begun = health()["outstanding"]["slow@a"]
+            await asyncio.to_thread(cluster.tell, kill="slow@a")
+            return begun, await asyncio.gather(*(stream.rest() for stream in streams))
+
+        begun, streams = asyncio.run(run())
+        assert chat("slow", max_tokens=1).status_code == 200, "the other berth goes on"
+    failed = [stream for stream in streams if stream.error]
+    assert 0 < len(failed) <= begun
+    assert {stream.error["code"] for stream in failed if stream.error} == {"unavailable"}
+    assert all(stream.done for stream in streams), "every stream has an end"
+    assert load.sent > 5
+    assert load.failures == [], "what had not begun went to the other berth"
+    wait(lambda: health()["models"]["slow"] == ["slow@a", "slow@b"], 60)
+    wait(idle)
+
+
+def test_a_thousand_streams_at_once(cluster: Cluster) -> None:
+    proxy = connections()
+
+    async def run() -> list[Stream]:
+        gate = asyncio.Semaphore(50)
+
+        async def opened() -> Stream:
+            async with gate:
+                return await open_stream(PORT, "many")
+
+        streams = await asyncio.gather(*(opened() for _ in range(1000)))
+        assert {stream.status for stream in streams} == {200}
+        counts = health()["outstanding"]
+        assert sum(counts.values()) == 1000, f"they were not open together: {counts}"
+        assert all(count <= 600 for count in counts.values())
+        return await asyncio.gather(*(stream.rest() for stream in streams))
+
+    streams = asyncio.run(run())
+    assert [stream.error for stream in streams if stream.error or not stream.done] == []
+    wait(idle)
+    wait(lambda: connections() <= proxy + 2)
+
+
+def connections() -> int:
+    """Open connections to the port, seen from everybody on this machine."""
+    return sum(1 for item in psutil.net_connections("tcp") if item.status == "ESTABLISHED" and item.laddr.port == PORT)
+
+
+class Load:
+    """Short requests that do not stream, one after the other, until the block ends; keeps what went wrong."""
+
+    def __init__(self, model: str) -> None:
+        self.sent, self.failures = 0, list[str]()
+        self._model, self._stop = model, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.05):
+            self.sent += 1
+            try:
+                answer = chat(self._model, max_tokens=2)
+            except OSError as error:
+                self.failures.append(str(error))
+                continue
+            if answer.status_code != 200:
+                self.failures.append(f"{answer.status_code} {answer.text[:200]}")
