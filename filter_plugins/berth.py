@@ -146,6 +146,17 @@ def ingress_answers(max_body_mib: int) -> list[dict[str, Any]]:
     return [asdict(item) for item in ingress.answers(int(max_body_mib))]
 
 
+def placement_witnesses(hosts: Iterable[str], variables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What each host's driver said, by the host's name in the plan; ``variables`` is hostvars.
+
+    A host that fell out of the play, since it could not be reached, said nothing: that is a finding, not an error.
+    """
+    found: dict[str, Any] = {}
+    for host in hosts:
+        found |= variables[host].get("placement_witness", {str(host): "the host did not answer"})
+    return found
+
+
 def berths_by_gpu(path: str, host: str) -> dict[str, list[str]]:
     """See berth.plan.store.berths_by_gpu; no plan, no berths."""
     found: dict[str, list[str]] = _told(lambda: store.berths_by_gpu(store.read_plan(Path(path)), host))
@@ -166,6 +177,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "runtime_rolled_back": runtime_rolled_back,
     "host_models": host_models,
     "berths_by_gpu": berths_by_gpu,
+    "placement_witnesses": placement_witnesses,
     "unlike": unlike,
     "ingress_limits": ingress_limits,
     "ingress_key_table": ingress_key_table,
