@@ -17,6 +17,7 @@ from berth.plan import models, store
 from berth.plan.apps import load_apps
 from berth.plan.types import Plan
 from berth.ray import ports, start
+from berth.verify.witnesses import witnesses
 
 
 def slot_nodes(
@@ -147,13 +148,8 @@ def ingress_answers(max_body_mib: int) -> list[dict[str, Any]]:
 
 
 def placement_witnesses(hosts: Iterable[str], variables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What each host's driver said, by the host's name in the plan; ``variables`` is hostvars.
-
-    A host that fell out of the play, since it could not be reached, said nothing: that is a finding, not an error.
-    """
-    found: dict[str, Any] = {}
-    for host in hosts:
-        found |= variables[host].get("placement_witness", {str(host): "the host did not answer"})
+    """See berth.verify.witnesses.witnesses; ``variables`` is hostvars."""
+    found: dict[str, Any] = _told(lambda: witnesses(hosts, variables))
     return found
 
 

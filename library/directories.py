@@ -70,19 +70,8 @@ def have(module: AnsibleModule, wanted: dict[str, str | None]) -> str | None:
         return f"{path}: made"
     if made:
         os.makedirs(path)
-    arguments = {
-        "path": path,
-        "mode": wanted["mode"],
-        "owner": wanted.get("owner"),
-        "group": None,
-        "seuser": None,
-        "serole": None,
-        "setype": None,
-        "selevel": None,
-        "secontext": [None, None, None],
-        "attributes": None,
-    }
-    changed = module.set_fs_attributes_if_different(arguments, False)
+    changed = module.set_owner_if_different(path, wanted.get("owner"), False)
+    changed = module.set_mode_if_different(path, wanted["mode"], changed)
     return f"{path}: made" if made else f"{path}: mode or owner changed" if changed else None
 
 

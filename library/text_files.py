@@ -104,19 +104,8 @@ def have(module: AnsibleModule, wanted: dict[str, str | None]) -> tuple[str, dic
         # Neither mode nor owner can be asked of what is not there.
         other = False
     else:
-        arguments = {
-            "path": path,
-            "mode": wanted["mode"],
-            "owner": wanted.get("owner"),
-            "group": None,
-            "seuser": None,
-            "serole": None,
-            "setype": None,
-            "selevel": None,
-            "secontext": [None, None, None],
-            "attributes": None,
-        }
-        other = module.set_fs_attributes_if_different(arguments, False)
+        other = module.set_owner_if_different(path, wanted.get("owner"), False)
+        other = module.set_mode_if_different(path, wanted["mode"], other)
     if not (differs or other):
         return None
     diff = {"before_header": path, "after_header": path, "before": before or "", "after": content}
