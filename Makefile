@@ -55,7 +55,7 @@ e2e: setup ## The main job on real Ray and the real engine, then the unit tests 
 	@$(BIN)/pytest tests/e2e -v --durations=12 $(ARGS)
 	@$(BIN)/pytest tests/unit -m runtime $(ARGS)
 
-molecule: setup ## One scenario on lab hosts: SCENARIO=default|driver|upgrade|faults|ingress|gpu
+molecule: setup ## One scenario on lab hosts: SCENARIO=default|driver|upgrade|faults|secrets|ingress|gpu
 	@$(MAKE) --no-print-directory wheelhouse ARGS= LOCKS="$(LOCKS) $(wildcard molecule/$(SCENARIO)/files/runtime-*.txt)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule test --scenario-name $(SCENARIO) $(ARGS)
 

@@ -9,6 +9,7 @@ BERTH_RUNTIME_PYTHON).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ import psutil
 import requests
 
 from bench.record import RESULTS, Target, finish, show
+from berth.codec import dump
 from berth.ray.ports import slot_ports
 from berth.ray.start import NodeConfig, command, environment, slot_fields
 
@@ -31,18 +34,27 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = ROOT / ".berth/runtime/current/bin/python"
 KNOWN_PSS_MIB, KNOWN_CPU_PERCENT = 131.0, 1.5
 """One more idle raylet as measured when Berth was designed; CPU at the upper end of 1.2 to 1.5 percent of a core."""
+KINDS = {
+    "raylet": "raylet/raylet",
+    "runtime env agent": "ray::RuntimeEnvAgent",
+    "dashboard agent": "ray::DashboardAgent",
+    "log monitor": "log_monitor.py",
+    "ray start --block": "--block",
+    "berth.ray.keep": "berth/ray/keep.py",
+}
+"""Processes by what stands in their command line."""
 PORT, DASHBOARD_PORT = 26390, 28275
 MIB = 1024**2
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one more slot; ``processes`` are those that it adds."""
+    """Of one more slot; ``pss_mib_of`` says which process takes how much of the memory."""
 
     way: str
     pss_mib: float
     cpu_percent: float
-    processes: float
+    pss_mib_of: dict[str, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"no runtime environment with Ray at {ray}; mend: make up, or set BERTH_RUNTIME_PYTHON")
     found = [measure(way, str(ray), options) for way in ("plain ray start", "berth")]
     plain, ours = found
-    rows = [(item.way, f"{item.pss_mib:.0f}", f"{item.cpu_percent:.2f}", f"{item.processes:.1f}") for item in found]
+    rows = [(item.way, f"{item.pss_mib:.0f}", f"{item.cpu_percent:.2f}", shares(item)) for item in found]
     rows += [("ratio", f"{ours.pss_mib / plain.pss_mib:.2f}", f"{ours.cpu_percent / plain.cpu_percent:.2f}", "")]
-    show("One more idle slot", ("way", "PSS MiB", "CPU % of a core", "processes"), rows)
+    show("One more idle slot", ("way", "PSS MiB", "CPU % of a core", "of which, MiB"), rows)
     targets = [
         Target(
             f"memory no more than measured before ({KNOWN_PSS_MIB:.0f} MiB)",
@@ -104,8 +116,15 @@ def measure(way: str, ray: str, options: argparse.Namespace) -> Cost:
     finally:
         stop(nodes)
         shutil.rmtree(work, ignore_errors=True)
-    pss, cpu, processes = ((b - a) / options.slots for a, b in zip(before, after, strict=True))
-    return Cost(way, round(pss, 1), round(cpu, 3), round(processes, 2))
+    of = {kind: (after[0][kind] - before[0].get(kind, 0.0)) / options.slots for kind in sorted(after[0])}
+    # What the head alone has: shared pages are divided among more, so its share falls with every slot.
+    of = {kind: round(mib, 1) for kind, mib in of.items()}
+    return Cost(way, round(sum(of.values()), 1), round((after[1] - before[1]) / options.slots, 3), of)
+
+
+def shares(cost: Cost) -> str:
+    ordered = sorted(cost.pss_mib_of.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {mib:.0f}" for kind, mib in ordered if mib >= 1)
 
 
 def head_node(ray: str, work: Path) -> NodeConfig:
@@ -142,20 +161,23 @@ def slot_node(ray: str, work: Path, number: int) -> NodeConfig:
         client_port=0,
         num_cpus=8,
         log_monitor=number == 0,
-        gpu_uuids=(f"GPU-{number}",),
-        vram_mib=40_000,
         labels={"berth.host": "here"},
     )
 
 
 def start(way: str, node: NodeConfig, work: Path) -> subprocess.Popen[bytes]:
-    """A node in the foreground of its own process group; ``plain ray start`` without what Berth adds or leaves out."""
-    words = command(node)
-    env = environment(node, (node.name.rpartition("-")[2],) if node.kind == "slot" else ())
-    if way != "berth":
-        words = [word for word in words if not word.startswith(("--include-log-monitor",))]
+    """A node in the foreground, in its own session: as a unit of Berth starts it, or as ``ray start --block`` does
+    without what Berth adds or leaves out."""
+    if way == "berth":
+        nodes = work / f"{node.name}.json"
+        nodes.write_text(json.dumps({node.name: dump(node)}))
+        words = [str(Path(node.ray).with_name("python")), "-m", "berth.ray.launch", str(nodes), node.name]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    else:
+        words = [word for word in command(node) if not word.startswith(("--include-log-monitor", "--block"))]
+        words.append("--block")
         kept = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "CUDA_VISIBLE_DEVICES", "BERTH_CLUSTER"}
-        env = {key: value for key, value in env.items() if key in kept or key in os.environ}
+        env = {key: value for key, value in environment(node, ()).items() if key in kept or key in os.environ}
     with (work / f"{node.name}.log").open("wb") as log:
         return subprocess.Popen(
             words, env=env, cwd=work, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -182,16 +204,27 @@ def wait_for_nodes(token: Path, count: int, timeout_s: float = 120.0) -> None:
         time.sleep(1)
 
 
-def watch(nodes: Sequence[subprocess.Popen[bytes]], options: argparse.Namespace) -> tuple[float, float, float]:
-    """PSS in MiB, CPU in percent of a core, and the number of processes of the whole cluster, once it has settled."""
+def watch(nodes: Sequence[subprocess.Popen[bytes]], options: argparse.Namespace) -> tuple[dict[str, float], float]:
+    """PSS in MiB by kind of process, and CPU in percent of a core, of the whole cluster once it has settled."""
     time.sleep(options.settle_s)
     first = {process.pid: cpu_s(process) for process in family(nodes)}
     begun = time.monotonic()
     time.sleep(options.watch_s)
     took = time.monotonic() - begun
-    last = {process.pid: (cpu_s(process), pss_mib(process.pid)) for process in family(nodes)}
-    busy = sum(seconds - first.get(pid, 0.0) for pid, (seconds, _) in last.items())
-    return sum(pss for _, pss in last.values()), 100 * busy / took, len(last)
+    members = family(nodes)
+    busy = sum(cpu_s(process) - first.get(process.pid, 0.0) for process in members)
+    pss: Counter[str] = Counter()
+    for process in members:
+        pss[kind_of(process)] += pss_mib(process.pid)
+    return dict(pss), 100 * busy / took
+
+
+def kind_of(process: psutil.Process) -> str:
+    try:
+        words = " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return "ended"
+    return next((kind for kind, sign in KINDS.items() if sign in words), "others")
 
 
 def family(nodes: Iterable[subprocess.Popen[bytes]]) -> list[psutil.Process]:

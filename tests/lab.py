@@ -18,7 +18,6 @@ from testinfra.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-SSH = ROOT / ".berth/lab/ssh/config"
 LOG_CHARACTERS = 6000
 READ_GPUS = """
 import json
@@ -92,8 +91,8 @@ class Lab:
 
     def address(self, host: str) -> str:
         """Where the host is on the lab's network."""
-        shown = subprocess.run(["ssh", "-G", "-F", str(SSH), host], capture_output=True, text=True, check=True).stdout
-        return next(line.split()[1] for line in shown.splitlines() if line.startswith("hostname "))
+        told = ansible_inventory("--host", host)
+        return f"{told['lab_network']}.{told['lab_host_number']}"
 
     @property
     def plan(self) -> dict[str, Any]:

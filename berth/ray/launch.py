@@ -1,20 +1,30 @@
-"""What a unit executes: resolve the slot's GPUs, then become ``ray start``.
+"""What a unit executes: resolve the slot's GPUs, then ``ray start``.
 
-``python -m berth.ray.launch FILE NAME``: FILE holds the nodes of this host by name, as the roles write it.
+``python -m berth.ray.launch FILE NAME``: FILE holds the nodes of this host by name, as the roles write it. The head's
+launcher becomes ``ray start --block``, which watches all that a head consists of. A slot's becomes berth.ray.keep.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+import psutil
 
 from berth.codec import load
 from berth.errors import BerthError
 from berth.gpu.nvml import read_host
-from berth.host.processes import Mark, write_mark
+from berth.host.processes import Mark, terminate, write_mark
+from berth.ray import keep
 from berth.ray.start import NodeConfig, command, digest, environment
+
+PR_SET_CHILD_SUBREAPER = 36
+"""linux/prctl.h"""
 
 
 def resolve(node: NodeConfig) -> tuple[str, ...]:
@@ -58,7 +68,24 @@ def main(path: str, name: str) -> None:
     os.chdir(temp)
     args = command(node)
     print("berth:", " ".join(args), flush=True)
-    os.execve(args[0], args, env)
+    if slot is None:
+        os.execve(args[0], args, env)
+    _run_slot(slot, node.cluster, args, env)
+
+
+def _run_slot(slot: str, cluster: str, args: list[str], env: dict[str, str]) -> NoReturn:
+    # Where no control group ends them, those of a launcher that was killed still hold the slot's ports and GPUs.
+    terminate(cluster, units=frozenset({env["BERTH_UNIT"]}))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        sys.exit(f"slot {slot}: prctl: {os.strerror(ctypes.get_errno())}")
+    if code := subprocess.run(args, env=env, check=False).returncode:
+        sys.exit(code)
+    raylets = [child.pid for child in psutil.Process().children() if child.name() == "raylet"]
+    if len(raylets) != 1:
+        sys.exit(f"slot {slot}: ray start ended well and left {len(raylets)} raylets; Ray's logs: {os.getcwd()}")
+    # Isolated and without site-packages: nothing is imported that it does not need.
+    os.execve(sys.executable, [sys.executable, "-I", "-S", str(keep.__file__), str(raylets[0]), slot], env)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def unit_digests(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def command(node: NodeConfig) -> list[str]:
-    """``ray start --block`` with everything that keeps nodes of one host apart (Ray 2.60).
+    """``ray start`` with everything that keeps nodes of one host apart (Ray 2.60); the head's with ``--block``.
 
     Raises:
         BerthError: the node's block of ports is out of range, or too small for its CPUs.
@@ -149,7 +149,6 @@ def command(node: NodeConfig) -> list[str]:
     common = [
         node.ray,
         "start",
-        "--block",
         "--disable-usage-stats",
         "--log-color=false",
         f"--node-ip-address={node.node_ip}",
@@ -172,6 +171,7 @@ def command(node: NodeConfig) -> list[str]:
     if node.kind == "head":
         return [
             *common,
+            "--block",
             "--head",
             f"--port={node.gcs_address.rpartition(':')[2]}",
             "--include-dashboard=True",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import pytest
 
 from berth.host.supervisor import Daemon
@@ -113,6 +114,20 @@ def test_a_killed_raylet(cluster: Cluster) -> None:
         missing = [item for item in report["failures"] if item["kind"] == "slot_missing"]
         assert [item["object"] for item in missing] == [slot]
         assert missing[0]["gpu_uuid"] == gpu_of(cluster, slot)
+    healed(cluster)
+
+
+def test_a_killed_launcher_leaves_no_second_node(cluster: Cluster) -> None:
+    """Nothing but the launcher's next start ends the raylet that it left, ports and GPU in hand."""
+    unit = f"slot@{berth_on(cluster, 'beta')['slot']}"
+
+    def raylets() -> set[int]:
+        return {item.pid for item in cluster.processes(unit) if item.command == "raylet"}
+
+    (old,) = raylets()
+    os.kill(psutil.Process(old).ppid(), signal.SIGKILL)
+    eventually(lambda: len(raylets() - {old}) == 1)
+    assert old not in raylets()
     healed(cluster)
 
 

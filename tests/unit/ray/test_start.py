@@ -60,8 +60,8 @@ SLOT = NodeConfig(
 
 def options(node: NodeConfig) -> dict[str, str]:
     words = command(node)
-    assert words[:3] == [node.ray, "start", "--block"]
-    pairs = [word.partition("=")[::2] for word in words[3:]]
+    assert words[:2] == [node.ray, "start"]
+    pairs = [word.partition("=")[::2] for word in words[2:]]
     assert len({key for key, _ in pairs}) == len(pairs), "an option is given twice"
     return dict(pairs)
 

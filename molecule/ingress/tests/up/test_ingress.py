@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.lab import ROOT, Lab, ansible_inventory, container, docker, on
+from tests.lab import ROOT, Lab, container, docker, on
 
 INGRESSES = ("edge01", "head01")
 SECRETS = ROOT / ".berth/lab-ingress/controller/secrets"
@@ -29,9 +29,7 @@ THREADS = 4
 
 @pytest.fixture(scope="module")
 def addresses() -> dict[str, str]:
-    hosts = ansible_inventory("--list")["_meta"]["hostvars"]
-    network = hosts["edge01"]["lab_network"]
-    return {host: f"{network}.{hosts[host]['lab_host_number']}" for host in INGRESSES}
+    return {host: Lab().address(host) for host in INGRESSES}
 
 
 def key(name: str) -> str:
