@@ -51,6 +51,10 @@ def _server(config: dict[str, Any]) -> Any:
         from berth.engines.light import LightServer
 
         return LightServer(config)
+    if config["engine"] == "vllm_server":
+        from berth.engines.vllm_server import ExternalServer
+
+        return ExternalServer(config)
     with handlers_kept():
         from berth.engines.llm import slot_server
 

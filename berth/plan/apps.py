@@ -11,7 +11,7 @@ from berth.codec import STRICT, load
 from berth.errors import BerthError
 from berth.plan.types import Affinity, Deployment, DomainName, StrategyName
 
-Engine = Literal["llm", "embedding", "rerank", "light"]
+Engine = Literal["llm", "embedding", "rerank", "vllm_server", "light"]
 MIB = 1 << 20
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 OWNED_ENGINE_ARGS = {
