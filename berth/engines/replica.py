@@ -6,6 +6,9 @@ ingress talks to a berth as it would to its own deployments.
 
 from __future__ import annotations
 
+import logging
+import os
+import time
 from typing import Any
 
 from berth.engines.gpu_lock import gpu_locks
@@ -20,9 +23,11 @@ class Replica:
     """
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        begun = time.monotonic()
         self._server = _server(config)
         async with gpu_locks():
             await self._server.start()
+        _report_start(str(config["model"]), time.monotonic() - begun)
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
         return await self._server.chat(request, raw_request_info)
@@ -44,6 +49,21 @@ class Replica:
 
     async def check_health(self) -> None:
         await self._server.check_health()
+
+
+def _report_start(model: str, seconds: float) -> None:
+    """How long a user waits whose request wakes a model: in the replica's log and among Ray's metrics."""
+    from ray.util.metrics import Gauge
+
+    slot = os.environ.get("BERTH_SLOT", "")
+    gauge = Gauge(
+        "berth_replica_start_seconds",
+        description="From the start of the replica's constructor until its engine was ready, waiting for the GPU's "
+        "lock included.",
+        tag_keys=("model", "slot"),
+    )
+    gauge.set(seconds, tags={"model": model, "slot": slot})
+    logging.getLogger("ray.serve").info(f"{model} on {slot or 'no slot'} is ready after {seconds:.1f} s")
 
 
 def _server(config: dict[str, Any]) -> Any:

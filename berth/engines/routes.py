@@ -16,13 +16,19 @@ from berth.engines.errors import ApiError, down, failure, full, refusal, unknown
 @dataclass(frozen=True)
 class TableBerth:
     """A berth of the table. ``limit`` ends its queue: requests of this gateway that it may have outstanding at once,
-    those that it works on and those that wait."""
+    those that it works on and those that wait. ``replicas`` are the most that it may have.
+
+    Where Serve scales it, ``wake_above`` is what all its replicas should have outstanding at most, beyond which another
+    berth is woken; one that ``sleeps`` may be without a replica, and a request makes Serve start one.
+    """
 
     app: str
     handle: Any
     replicas: int
     limit: int | None
     adapters: frozenset[str]
+    wake_above: float | None = None
+    sleeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,22 @@ class Routes:
         except Exception:
             return None
         adapters = frozenset(berth.get("adapters", ()))
-        return TableBerth(berth["app"], handle, int(berth["replicas"]), berth.get("limit"), adapters)
+        wake_above, sleeps = berth.get("wake_above"), bool(berth.get("sleeps"))
+        return TableBerth(
+            berth["app"], handle, int(berth["replicas"]), berth.get("limit"), adapters, wake_above, sleeps
+        )
 
     def models(self) -> dict[str, list[str]]:
-        """Names of the berths of every model that can answer now, the models without any included."""
-        return {name: [berth.app for berth in model.berths if self._up(berth)] for name, model in self._models.items()}
+        """Names of the berths of every model that can answer, the models without any included; those that sleep can,
+        once they are awake."""
+        return {
+            name: [berth.app for berth in model.berths if berth.sleeps or self._up(berth)]
+            for name, model in self._models.items()
+        }
+
+    def asleep(self) -> list[str]:
+        """Berths that Serve has scaled to nothing."""
+        return sorted(berth.app for model in self._models.values() for berth in model.berths if self._asleep(berth))
 
     def ids(self) -> list[str]:
         """What a request may ask for: every model, then its adapters as ``model:adapter``."""
@@ -87,7 +104,8 @@ class Routes:
     def health(self) -> tuple[int, dict[str, Any]]:
         """200 while every model of the table has a berth that can answer, and what there is to see."""
         models = self.models()
-        return 200 if all(models.values()) else 503, {"models": models, "outstanding": self.outstanding()}
+        found = {"models": models, "asleep": self.asleep(), "outstanding": self.outstanding()}
+        return 200 if all(models.values()) else 503, found
 
     def named(self, asked: str | None) -> str:
         """The model that a request means: what it asks for, or the only one there is.
@@ -116,11 +134,15 @@ class Routes:
         model = self._models.get(name)
         if model is None:
             raise unknown(asked)
-        up = [berth for berth in model.berths if self._up(berth) and (not adapter or adapter in berth.adapters)]
+        able = [berth for berth in model.berths if not adapter or adapter in berth.adapters]
+        asleep = [berth for berth in able if self._asleep(berth) and berth.app not in without]
+        up = [berth for berth in able if self._up(berth) and not self._asleep(berth)]
         others = [berth for berth in up if berth.app not in without] or [berth for berth in up if berth.replicas > 1]
-        if not others:
+        if not others and not asleep:
             raise down(asked)
-        free = [berth for berth in others if berth.limit is None or self._outstanding[berth.app] < berth.limit]
+        free = [berth for berth in others if self._room(berth)]
+        if asleep and (waking := self._wakes(others, asleep)):
+            return waking
         if not free:
             raise full(asked)
         if keys:
@@ -191,6 +213,25 @@ class Routes:
                 # Who hung up in mid-stream may have done so while we waited for him, not for the berth.
                 with suppress(Exception):
                     response.cancel()
+
+    def _wakes(self, awake: Sequence[TableBerth], asleep: Sequence[TableBerth]) -> TableBerth | None:
+        """The sleeping berth that this request wakes, if it should.
+
+        With none awake all wait at one, so that one start serves them. Else a single request is sent ahead to wake it,
+        once every berth that is awake has all that its replicas should have.
+        """
+        if not awake:
+            return next((berth for berth in asleep if self._room(berth)), None)
+        if any(berth.wake_above is None or self._outstanding[berth.app] < berth.wake_above for berth in awake):
+            return None
+        return next((berth for berth in asleep if not self._outstanding[berth.app]), None)
+
+    def _room(self, berth: TableBerth) -> bool:
+        return berth.limit is None or self._outstanding[berth.app] < berth.limit
+
+    def _asleep(self, berth: TableBerth) -> bool:
+        # Serve's router says None until it has heard of a replica, which of these may take until the first request.
+        return berth.sleeps and not self._runs(berth.handle)
 
     def _keys(self, asked: str, request: Any) -> list[int]:
         name, _, adapter = asked.partition(":")

@@ -30,6 +30,23 @@ OWNED_ENGINE_ARGS = {
 
 
 @dataclass(frozen=True)
+class Autoscaling:
+    """Ray Serve's own autoscaling of a model, inside room that the plan reserves; Ray's names and meanings.
+
+    Between the app's ``replicas`` (0: down to nothing while nobody asks) and ``max_replicas``, so that each has
+    ``target_ongoing_requests`` (half of what it works on at once when None): more after ``upscale_delay_s`` above that,
+    fewer after ``downscale_delay_s`` below, both of the mean over ``look_back_period_s``. All in seconds.
+    """
+
+    __pydantic_config__ = STRICT
+    max_replicas: int
+    target_ongoing_requests: float | None = None
+    upscale_delay_s: float = 10.0
+    downscale_delay_s: float = 600.0
+    look_back_period_s: float = 30.0
+
+
+@dataclass(frozen=True)
 class AppSpec:
     """One model of the app list.
 
@@ -42,6 +59,7 @@ class AppSpec:
     berths, and when all are full the API answers 429. ``prefix_affinity``: a prompt goes to a berth that has seen its
     beginning while that has at most so many outstanding requests per replica more than the least loaded; 0 is off.
     ``adapters``: LoRA adapters by name, each a directory; asked for as ``name:adapter``.
+    With ``autoscaling``, ``replicas`` are the fewest.
     From ``priority`` on, the planner's words: see ``berth.plan.types.Deployment``.
     """
 
@@ -61,6 +79,7 @@ class AppSpec:
     max_queued_requests: int = 64
     prefix_affinity: float = 0.0
     adapters: dict[str, str] = field(default_factory=dict)
+    autoscaling: Autoscaling | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     priority: int = 0
@@ -86,6 +105,7 @@ class AppSpec:
             replicas=self.replicas,
             vram_mib=dict(self.given_mib or vram_mib or {}),
             gpus_per_replica=self.gpus_per_replica,
+            max_replicas=self.autoscaling.max_replicas if self.autoscaling else None,
             strategy=self.strategy,
             products=self.products,
             min_compute_capability=self.min_compute_capability,
@@ -160,6 +180,7 @@ def _check(app: AppSpec, mend: str) -> None:
             f"app {app.name}: engine {app.engine} needs a model", allowed="a local directory or a hub id", mend=mend
         )
     _check_adapters(app, mend)
+    _check_autoscaling(app, mend)
     _check_engine_args(app)
 
 
@@ -180,6 +201,29 @@ def _check_adapters(app: AppSpec, mend: str) -> None:
         )
     if app.adapters and app.engine not in ("llm", "light"):
         raise BerthError(f"app {app.name}: engine {app.engine} takes no adapters", allowed="engine llm", mend=mend)
+
+
+def _check_autoscaling(app: AppSpec, mend: str) -> None:
+    if app.autoscaling is None:
+        return
+    most, target = app.autoscaling.max_replicas, app.autoscaling.target_ongoing_requests
+    if most <= app.replicas:
+        raise BerthError(
+            f"app {app.name}: autoscaling.max_replicas leaves nothing to scale",
+            found=most,
+            allowed=f"> replicas ({app.replicas})",
+            mend=mend,
+        )
+    if target is not None and not 0 < target <= app.max_ongoing_requests:
+        raise BerthError(
+            f"app {app.name}: autoscaling.target_ongoing_requests is never reached, or always",
+            found=target,
+            allowed=f"> 0 and <= max_ongoing_requests ({app.max_ongoing_requests})",
+            mend=mend,
+        )
+    for key in ("upscale_delay_s", "downscale_delay_s", "look_back_period_s"):
+        if (value := getattr(app.autoscaling, key)) < 0 or (key == "look_back_period_s" and not value):
+            raise BerthError(f"app {app.name}: autoscaling.{key} is no time", found=value, allowed=">= 0", mend=mend)
 
 
 def _check_engine_args(app: AppSpec) -> None:

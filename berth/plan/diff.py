@@ -82,6 +82,11 @@ def _count(replicas: int) -> str:
     return f"{replicas} replica" if replicas == 1 else f"{replicas} replicas"
 
 
+def _counts(berth: Berth) -> str:
+    most = _count(berth.replicas + berth.reserved)
+    return f"{berth.replicas} to {most}" if berth.reserved else most
+
+
 def plan_text(plan: Plan | None) -> str:
     """The plan as lines to compare by eye: every slot, what it is promised, and what stands on it."""
     if plan is None:
@@ -89,11 +94,11 @@ def plan_text(plan: Plan | None) -> str:
     lines = [f"strategy {plan.strategy}"]
     for slot in plan.slots:
         here = [berth for berth in plan.berths if berth.slot == slot.name]
-        promised = sum(berth.replicas * berth.vram_mib for berth in here)
+        promised = sum((berth.replicas + berth.reserved) * berth.vram_mib for berth in here)
         foreign = f", {slot.foreign_mib} foreign" if slot.foreign_mib else ""
         gpus = " + ".join(slot.gpu_uuids)
         lines.append(f"{slot.name} {slot.product} {gpus}: {promised} of {slot.vram_mib} MiB promised{foreign}")
-        lines += [f"  {berth.name}: {_count(berth.replicas)} of {berth.vram_mib} MiB" for berth in here]
+        lines += [f"  {berth.name}: {_counts(berth)} of {berth.vram_mib} MiB" for berth in here]
     lines += [f"unplaced {item.deployment}: {_count(item.replicas)}: {item.reason}" for item in plan.unplaced]
     return "\n".join(lines) + "\n"
 

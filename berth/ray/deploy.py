@@ -11,6 +11,7 @@ from berth.errors import BerthError, CouldNotTell
 from berth.plan.types import Plan
 from berth.ray.client import RayClient, TokenRefused
 from berth.ray.rollout import Live, Step, Wanted, next_step
+from berth.ray.serve_config import fewest, most
 from berth.ray.state import parse_state
 from berth.ray.types import RayState
 
@@ -134,7 +135,7 @@ def check_feasible(plan: Plan, wanted: Wanted, state: RayState) -> None:
         total = asked.setdefault(actor["label_selector"]["berth.slot"], {})
         needs = {"VRAM_MB": actor["resources"]["VRAM_MB"], "GPU": actor["num_gpus"], "CPU": actor["num_cpus"]}
         for key, need in needs.items():
-            total[key] = total.get(key, 0) + need * deployment["num_replicas"]
+            total[key] = total.get(key, 0) + need * most(app)
     for slot, needs in sorted(asked.items()):
         for key, need in sorted(needs.items()):
             has = nodes[slot].resources.get(key, 0.0)
@@ -194,7 +195,7 @@ def _progress(step: Step, live: Mapping[str, Live]) -> str:
     states = []
     for name in step.waiting:
         app = live[name]
-        count = app.config["deployments"][0]["num_replicas"] if app.config else 0
+        count = fewest(app.config) if app.config else 0
         states.append(f"{name} {app.status.lower()} {app.running}/{count}")
     return f" [{'; '.join(states)}]"
 

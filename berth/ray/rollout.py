@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from berth.errors import BerthError
-from berth.ray.serve_config import BUILD, BUILD_GATEWAY, GATEWAY, ServeOptions, gateway_app, gateway_table
+from berth.ray.serve_config import (
+    BUILD,
+    BUILD_GATEWAY,
+    GATEWAY,
+    ServeOptions,
+    fewest,
+    gateway_app,
+    gateway_table,
+    most,
+)
 
 Config = Mapping[str, Any]
 Change = Literal["same", "new", "adjust", "shrink", "restart"]
@@ -94,7 +103,7 @@ class _Now:
 
     def full(self, name: str) -> bool:
         """Every replica that its config asks for runs. Serve's status is no help: each PUT sets all to DEPLOYING."""
-        return name in self.ours and self.live[name].running >= _count(self.ours[name])
+        return name in self.ours and self.live[name].running >= fewest(self.ours[name])
 
     def ready(self, name: str) -> bool:
         return self.full(name) and self.live[name].status == "RUNNING"
@@ -121,7 +130,8 @@ class _Now:
 
     def _answers(self, name: str, ours: Mapping[str, Config]) -> bool:
         stays = name in self.ours and name in ours and _change(self.ours[name], ours[name]) != "restart"
-        return stays and self.live[name].running > 0
+        # One that sleeps answers, once it is awake.
+        return stays and (self.live[name].running > 0 or not fewest(self.ours[name]))
 
 
 def next_step(live: Mapping[str, Live], wanted: Wanted, retry_failed: bool = False) -> Step:
@@ -296,7 +306,7 @@ def _change(present: Config | None, target: Config) -> Change:
         return "same"
     if any(found[key] != wanted[key] for key in ("name", "import_path", "args", "env", "actor")):
         return "restart"
-    return "shrink" if _count(present) > _count(target) else "adjust"
+    return "shrink" if most(present) > most(target) else "adjust"
 
 
 def _essence(app: Config) -> dict[str, Any]:
@@ -312,7 +322,7 @@ def _essence(app: Config) -> dict[str, Any]:
         **{
             key: deployment.get(key)
             for key in (
-                *("name", "num_replicas", "max_ongoing_requests", "max_queued_requests"),
+                *("name", "num_replicas", "autoscaling_config", "max_ongoing_requests", "max_queued_requests"),
                 *("graceful_shutdown_timeout_s", "user_config"),
             )
         },
@@ -329,13 +339,9 @@ def _model(app: Config) -> str:
     return str(app["args"]["model"])
 
 
-def _count(app: Config) -> int:
-    return int(app["deployments"][0]["num_replicas"])
-
-
 def _slot(app: Config) -> str:
     return str(app["deployments"][0]["ray_actor_options"]["label_selector"]["berth.slot"])
 
 
 def _vram(app: Config) -> int:
-    return int(app["deployments"][0]["ray_actor_options"]["resources"]["VRAM_MB"]) * _count(app)
+    return int(app["deployments"][0]["ray_actor_options"]["resources"]["VRAM_MB"]) * most(app)

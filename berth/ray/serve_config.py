@@ -65,11 +65,13 @@ def berth_app(
         "deployments": [
             {
                 "name": spec.name,
-                "num_replicas": berth.replicas,
+                **_scale(spec, berth),
                 "max_ongoing_requests": spec.max_ongoing_requests,
                 # Serve counts a request as queued while it looks for a replica, so that a burst would be refused that
                 # the replicas could take (Ray 2.60, serve/_private/router.py): its limit is on both together.
-                "max_queued_requests": max(1, berth.replicas * spec.max_ongoing_requests + spec.max_queued_requests),
+                "max_queued_requests": max(
+                    1, (berth.replicas + berth.reserved) * spec.max_ongoing_requests + spec.max_queued_requests
+                ),
                 "graceful_shutdown_timeout_s": options.drain_s,
                 "ray_actor_options": {
                     "num_cpus": spec.num_cpus,
@@ -80,6 +82,40 @@ def berth_app(
             }
         ],
     }
+
+
+def _scale(spec: AppSpec, berth: Berth) -> dict[str, Any]:
+    """How many replicas: a number, or the bounds of Serve's autoscaling where the plan keeps room at this berth."""
+    scaling = spec.autoscaling
+    if scaling is None or not berth.reserved:
+        return {"num_replicas": berth.replicas}
+    target = scaling.target_ongoing_requests
+    return {
+        "autoscaling_config": {
+            "min_replicas": berth.replicas,
+            "max_replicas": berth.replicas + berth.reserved,
+            "target_ongoing_requests": spec.max_ongoing_requests / 2 if target is None else target,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "look_back_period_s": scaling.look_back_period_s,
+            # Ray 2.60 wants the replicas' reports no rarer than what is looked back on.
+            "metrics_interval_s": min(10.0, scaling.look_back_period_s),
+        }
+    }
+
+
+def fewest(app: Mapping[str, Any]) -> int:
+    """Replicas that Serve keeps of an app at least."""
+    deployment = app["deployments"][0]
+    scaling = deployment.get("autoscaling_config")
+    return int(scaling["min_replicas"] if scaling else deployment["num_replicas"])
+
+
+def most(app: Mapping[str, Any]) -> int:
+    """Replicas that Serve may make of an app, all of which have their room."""
+    deployment = app["deployments"][0]
+    scaling = deployment.get("autoscaling_config")
+    return int(scaling["max_replicas"] if scaling else deployment["num_replicas"])
 
 
 def gateway_app(table: Mapping[str, Any], options: ServeOptions) -> dict[str, Any]:
@@ -119,7 +155,11 @@ def gateway_table(
 
 def _table_berth(app: Mapping[str, Any]) -> dict[str, Any]:
     deployment = app["deployments"][0]
-    found = {"app": app["name"], "replicas": deployment["num_replicas"]}
+    found = {"app": app["name"], "replicas": most(app)}
+    if scaling := deployment.get("autoscaling_config"):
+        # What its replicas may have in all before another berth should wake.
+        found["wake_above"] = scaling["target_ongoing_requests"] * most(app)
+        found["sleeps"] = not fewest(app)
     # A berth that an earlier version made has no limit, and Serve shows none as -1.
     if (limit := deployment.get("max_queued_requests", -1)) > 0:
         found["limit"] = limit

@@ -219,7 +219,8 @@ class _Scene:
         return bool(at) and (slot in self.slots or slot in self.plan.retired.values())
 
     def planned_mib(self, slot: str) -> int:
-        return sum(berth.replicas * berth.vram_mib for berth in self.plan.berths if berth.slot == slot)
+        here = (berth for berth in self.plan.berths if berth.slot == slot)
+        return sum((berth.replicas + berth.reserved) * berth.vram_mib for berth in here)
 
     def footprint_mib(self, app: str, slot: Slot) -> int:
         """Per GPU: the berth's own, else what the same model takes on the same product elsewhere, else 0."""
@@ -329,8 +330,8 @@ def _apps(scene: _Scene) -> Iterator[Finding]:
         app = scene.apps.get(berth.name)
         if app is None:
             # A model scaled to nothing needs no app.
-            if berth.replicas:
-                wanted = f"{berth.replicas} RUNNING on {berth.slot}"
+            if berth.replicas or berth.reserved:
+                wanted = f"{_wanted(berth)} RUNNING on {berth.slot}"
                 yield _finding("app_missing", "drift", berth.name, "no such Serve app", wanted, gpu_uuid=uuid)
             continue
         if app.status != "RUNNING":
@@ -342,19 +343,25 @@ def _apps(scene: _Scene) -> Iterator[Finding]:
 def _replicas(scene: _Scene, berth: Berth, uuid: str | None) -> Iterator[Finding]:
     mine = [item for item in scene.standing if item.app == berth.name]
     running = sum(1 for item in mine if item.replica.state == "RUNNING")
-    if running != berth.replicas:
+    if not berth.replicas <= running <= berth.replicas + berth.reserved:
         kind = "replica_missing" if running < berth.replicas else "replica_extra"
-        yield _finding(kind, "drift", berth.name, f"{running} RUNNING", f"{berth.replicas}", gpu_uuid=uuid)
+        yield _finding(kind, "drift", berth.name, f"{running} RUNNING", _wanted(berth), gpu_uuid=uuid)
     for item in mine:
-        if item.replica.state != "RUNNING":
+        # Where Serve scales, replicas that come and go are as wanted.
+        if item.replica.state != "RUNNING" and not berth.reserved:
             yield _finding("replica_not_running", "drift", item.label, item.replica.state, "RUNNING", gpu_uuid=uuid)
         if item.replica.node_id is not None and item.slot != berth.slot:
             found = f"on slot {item.slot}" if item.slot else f"on Ray node {item.replica.node_id}, which is no slot"
             yield _finding("replica_wrong_slot", "drift", item.label, found, f"slot {berth.slot}", gpu_uuid=uuid)
 
 
+def _wanted(berth: Berth) -> str:
+    """How many replicas the plan wants there: a number, or bounds."""
+    return f"{berth.replicas} to {berth.replicas + berth.reserved}" if berth.reserved else f"{berth.replicas}"
+
+
 def _gateway(scene: _Scene) -> Iterator[Finding]:
-    if not scene.ray_heard or not any(berth.replicas for berth in scene.plan.berths):
+    if not scene.ray_heard or not any(berth.replicas + berth.reserved for berth in scene.plan.berths):
         return
     app = scene.apps.get(GATEWAY_APP)
     status = "no such Serve app" if app is None else app.status

@@ -67,7 +67,9 @@ def deploy(client: Any, apps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def settled(name: str, found: dict[str, Any], apps: list[dict[str, Any]]) -> bool:
     """An app that was running before is RUNNING for a moment longer than it should be."""
-    wanted = next(app for app in apps if app["name"] == name)["deployments"][0]["num_replicas"]
+    wanted = next(app for app in apps if app["name"] == name)["deployments"][0].get("num_replicas")
+    if wanted is None:
+        return True  # Serve scales it
     states = [item["state"] for each in found[name]["deployments"].values() for item in each["replicas"]]
     return states == ["RUNNING"] * wanted
 

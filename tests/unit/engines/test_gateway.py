@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pydantic import SecretStr
 
 from berth.client import client
 from berth.gpu.sim import build
+from berth.plan.apps import Autoscaling
 from berth.plan.types import Berth
 from berth.ray.serve_config import ServeOptions, berth_app, gateway_app, gateway_table
 from tests.conftest import find_runtime
@@ -38,6 +39,9 @@ PROFILE = {
     "context_mib": 10,
     "gpus": [{"product": "NVIDIA L4", "memory_mib": 10000, "reserved_mib": 500, "compute_capability": "8.9"}],
 }
+SCALING = Autoscaling(
+    max_replicas=2, target_ongoing_requests=1, upscale_delay_s=0.5, downscale_delay_s=2, look_back_period_s=1
+)
 QUICK = {"tokens": 4, "max_model_len": 50}
 
 pytestmark = pytest.mark.runtime
@@ -47,7 +51,9 @@ def light(model: str, place: str, count: int = 1, engine_args: dict[str, Any] | 
     """A light berth; all of them are on the one node there is."""
     made = spec(model, engine="light", model="", num_cpus=0.01, engine_args={"hold_mib": 20, **(engine_args or {})})
     made = type(made)(**{**vars(made), **more})
-    config = berth_app(made, Berth(model, place, count, 100, "test"), slot("local-0"), OPTIONS)
+    room = made.autoscaling.max_replicas if made.autoscaling else 0
+    berth = Berth(model, place, 0 if room else count, 100, "test", room)
+    config = berth_app(made, berth, slot("local-0"), OPTIONS)
     return {**config, "name": f"{model}@{place}"}
 
 
@@ -61,6 +67,7 @@ APPS = {
         light("slow", "a", engine_args={"tokens": 30, "token_s": 0.2}, max_ongoing_requests=100),
         light("slow", "b", engine_args={"tokens": 30, "token_s": 0.2}, max_ongoing_requests=100),
         light("small", "a", engine_args={"tokens": 30, "token_s": 1}, max_ongoing_requests=2, max_queued_requests=1),
+        light("idle", "a", engine_args={"tokens": 1, "token_s": 0.5}, autoscaling=SCALING, max_ongoing_requests=2),
         light("many", "a", engine_args={"tokens": 2, "token_s": 15}, max_ongoing_requests=600),
         light("many", "b", engine_args={"tokens": 2, "token_s": 15}, max_ongoing_requests=600),
     )
@@ -166,7 +173,16 @@ def idle() -> bool:
 
 def test_every_route_answers_in_openais_shape(cluster: Cluster) -> None:
     models = requests.get(f"http://127.0.0.1:{PORT}/v1/models", timeout=60).json()["data"]
-    assert [model["id"] for model in models] == ["chat", "chat:sql", "embedding", "many", "rerank", "slow", "small"]
+    assert [model["id"] for model in models] == [
+        "chat",
+        "chat:sql",
+        "embedding",
+        "idle",
+        "many",
+        "rerank",
+        "slow",
+        "small",
+    ]
     assert requests.get(f"http://127.0.0.1:{PORT}/v1/models/chat:sql", timeout=60).json()["id"] == "chat:sql"
     answer = chat("chat").json()
     assert answer["choices"][0]["message"] == {**answer["choices"][0]["message"], "content": "light replica of chat"}
@@ -300,6 +316,22 @@ def test_a_client_that_does_not_stream_and_hangs_up_is_forgotten_too(cluster: Cl
             timeout=1,
         )
     wait(idle)
+
+
+def test_a_model_sleeps_wakes_grows_and_sleeps_again(cluster: Cluster) -> None:
+    wait(lambda: health()["asleep"] == ["idle@a"])
+    assert chat("idle").status_code == 200, "the first request waits for the start"
+    assert health()["asleep"] == []
+    (first,) = cluster.tell(pids="idle@a")["pids"]
+    loads = [Load("idle") for _ in range(3)]
+    with ExitStack() as all_at_once:
+        for load in loads:
+            all_at_once.enter_context(load)
+        wait(lambda: len(cluster.tell(pids="idle@a")["pids"]) == 2, 40)
+    assert [load.failures for load in loads] == [[], [], []]
+    assert first in cluster.tell(pids="idle@a")["pids"]
+    wait(lambda: health()["asleep"] == ["idle@a"], 40)
+    assert cluster.tell(pids="idle@a")["pids"] == []
 
 
 def test_a_berth_leaves_the_table_and_goes_under_load_without_an_error(cluster: Cluster) -> None:

@@ -99,6 +99,12 @@ class Scene:
 
         return asyncio.run(run())
 
+    def refused_by(self, model: str) -> ApiError:
+        """What choosing a berth is refused with."""
+        with pytest.raises(ApiError) as refused:
+            self.routes.choose(model)
+        return refused.value
+
     def refused(self, model: str | None = "chat") -> ApiError:
         with pytest.raises(ApiError) as refused:
             self.ask(model)
@@ -179,7 +185,7 @@ def test_a_berth_without_a_replica_is_not_asked() -> None:
     assert scene.routes.health()[0] == 200
     scene.handles["b"].running = 0
     assert scene.refused().status == 503
-    assert scene.routes.health() == (503, {"models": {"chat": []}, "outstanding": {}})
+    assert scene.routes.health() == (503, {"models": {"chat": []}, "asleep": [], "outstanding": {}})
 
 
 @pytest.mark.parametrize(
@@ -336,3 +342,44 @@ def test_memory_of_beginnings_is_bounded_and_forgets_berths_that_left() -> None:
     assert affinity.find([4], {"a": 0.0}, 1) == "a"
     affinity.forget({"b"})
     assert affinity.find([4], {"a": 0.0}, 1) is None
+
+
+def sleepy(**berths: dict[str, Any]) -> dict[str, Any]:
+    made = [{"app": app, "replicas": 2, "wake_above": 2.0, **more} for app, more in berths.items()]
+    return {"models": {"chat": {"berths": made}}}
+
+
+def test_a_model_that_sleeps_is_woken_by_its_first_request_and_the_rest_wait_there() -> None:
+    scene = Scene(sleepy(a={"sleeps": True, "limit": 2}, b={"sleeps": True, "limit": 2}))
+    assert scene.routes.health() == (200, {"models": {"chat": ["a", "b"]}, "asleep": ["a", "b"], "outstanding": {}})
+    assert {scene.routes.choose("chat").app for _ in range(20)} == {"a"}, "one start serves all who wait"
+    scene.routes._outstanding["a"] = 2
+    assert scene.routes.choose("chat").app == "b", "but a queue has an end"
+    scene.routes._outstanding["b"] = 2
+    assert scene.refused_by("chat").status == 429
+
+
+def test_a_berth_that_is_up_is_asked_before_one_that_sleeps() -> None:
+    scene = Scene(sleepy(a={}, b={"sleeps": True}))
+    scene.handles["a"].running, scene.handles["b"].running = 1, 0
+    assert scene.routes.asleep() == ["b"]
+    assert {scene.routes.choose("chat").app for _ in range(20)} == {"a"}
+
+
+def test_too_much_for_who_is_up_sends_one_request_ahead_to_wake_another() -> None:
+    scene = Scene(sleepy(a={"limit": 10}, b={"sleeps": True}))
+    scene.handles["a"].running, scene.handles["b"].running = 2, 0
+    scene.routes._outstanding["a"] = 2
+    assert scene.routes.choose("chat").app == "b"
+    scene.routes._outstanding["b"] = 1
+    assert {scene.routes.choose("chat").app for _ in range(20)} == {"a"}, "the others do not wait for the start"
+    scene.handles["b"].running = 1
+    assert scene.routes.asleep() == []
+    assert scene.routes.choose("chat").app in {"a", "b"}
+
+
+def test_a_berth_that_fell_is_not_one_that_sleeps() -> None:
+    scene = Scene(sleepy(a={}))
+    scene.handles["a"].running = 0
+    assert scene.refused().status == 503
+    assert scene.routes.health()[0] == 503

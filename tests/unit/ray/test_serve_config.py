@@ -12,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from berth.errors import BerthError
+from berth.plan.apps import Autoscaling
 from berth.plan.types import Berth
-from berth.ray.serve_config import GATEWAY, ServeOptions, berth_app, berth_apps, gateway_app, gateway_table
+from berth.ray.serve_config import (
+    GATEWAY,
+    ServeOptions,
+    berth_app,
+    berth_apps,
+    fewest,
+    gateway_app,
+    gateway_table,
+    most,
+)
 from tests.unit.ray.builders import OPTIONS, app, plan, slot, spec
 
 # ray/serve/schema.py of Ray 2.60: those keys of ServeApplicationSchema, DeploymentSchema and RayActorOptionsSchema
@@ -22,6 +32,7 @@ APP_KEYS = {"name", "route_prefix", "import_path", "args", "runtime_env", "deplo
 DEPLOYMENT_KEYS = {
     "name",
     "num_replicas",
+    "autoscaling_config",
     "max_ongoing_requests",
     "max_queued_requests",
     "backpressure_config",
@@ -137,6 +148,46 @@ def test_the_table_knows_adapters_and_prefixes() -> None:
     assert "adapters" not in berth()["args"], "an app without any has the arguments it always had: no restart"
 
 
+GROWS = Autoscaling(max_replicas=9, downscale_delay_s=60.0)
+
+
+def growing(replicas: int, reserved: int, **changes: Any) -> dict[str, Any]:
+    made = spec("chat", max_ongoing_requests=10, max_queued_requests=5, autoscaling=GROWS, **changes)
+    return berth_app(made, Berth("chat", "gpu01-0", replicas, 2_000, "test", reserved), slot("gpu01-0"), OPTIONS)
+
+
+def test_serve_scales_a_berth_within_the_room_that_the_plan_keeps_there() -> None:
+    config = growing(1, 2)
+    deployment = config["deployments"][0]
+    assert "num_replicas" not in deployment, "Serve refuses both"
+    assert deployment["autoscaling_config"] == {
+        "min_replicas": 1,
+        "max_replicas": 3,
+        "target_ongoing_requests": 5.0,
+        "upscale_delay_s": 10.0,
+        "downscale_delay_s": 60.0,
+        "look_back_period_s": 30.0,
+        "metrics_interval_s": 10.0,
+    }
+    assert deployment["max_queued_requests"] == 35
+    (entry,) = gateway_table(["chat"], [config])["models"]["chat"]["berths"]
+    assert entry == {"app": "chat@gpu01-0", "replicas": 3, "wake_above": 15.0, "sleeps": False, "limit": 35}
+    assert (fewest(config), most(config)) == (1, 3)
+
+
+def test_a_berth_that_is_nothing_but_room_sleeps_until_it_is_asked() -> None:
+    config = growing(0, 2)
+    assert (fewest(config), most(config)) == (0, 2)
+    assert gateway_table(["chat"], [config])["models"]["chat"]["berths"][0]["sleeps"] is True
+
+
+def test_a_berth_without_room_has_its_number() -> None:
+    config = growing(2, 0)
+    assert config["deployments"][0]["num_replicas"] == 2
+    assert "autoscaling_config" not in config["deployments"][0]
+    assert (fewest(config), most(config)) == (2, 2)
+
+
 def test_a_berth_of_a_model_that_is_no_longer_wanted_stays_in_the_table_until_it_goes() -> None:
     assert gateway_table([], [app("chat", "gpu01-0")])["models"]["chat"]["berths"][0]["app"] == "chat@gpu01-0"
 
@@ -163,12 +214,15 @@ def everything() -> dict[str, Any]:
         slot("gpu01-0"),
         FULL_OPTIONS,
     )
+    grows = berth_app(
+        spec("grows", autoscaling=GROWS), Berth("grows", "gpu01-1", 1, 2_000, "test", 1), slot("gpu01-1"), FULL_OPTIONS
+    )
     pair = berth_app(spec("big"), Berth("big", "gpu02-0", 1, 6_000, "test"), slot("gpu02-0", gpus=2), FULL_OPTIONS)
-    gateway = gateway_app(gateway_table(["chat", "big"], [berth_config, pair]), FULL_OPTIONS)
+    gateway = gateway_app(gateway_table(["chat", "big", "grows"], [berth_config, pair, grows]), FULL_OPTIONS)
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "127.0.0.1", "port": 8000},
-        "applications": [berth_config, pair, gateway],
+        "applications": [berth_config, pair, grows, gateway],
     }
 
 

@@ -9,7 +9,7 @@ from berth.gpu.types import GpuProcess
 from berth.ray.types import Replica
 from berth.verify.compare import CRITICAL_XIDS, Finding, Report
 from tests.unit.plan.helpers import gpu, slot
-from tests.unit.verify.scene import A0, A1, B0, CHAT, CLUSTER, Lab, app, engine, node
+from tests.unit.verify.scene import A0, A1, B0, CHAT, CLUSTER, EMBED, Lab, app, engine, node
 
 
 @pytest.fixture
@@ -39,6 +39,36 @@ def test_all_as_wanted(lab):
     ]
     assert sum(item.vram_mib for item in row.replicas) == row.nvml_mib - 20, "the driver keeps 20 beside its processes"
     assert dump(report)["rows"][1]["planned_mib"] == 0
+
+
+def growing(lab: Lab, berth: str, reserved: int) -> None:
+    berths = [replace(item, reserved=reserved) if item.name == berth else item for item in lab.plan.berths]
+    lab.plan = replace(lab.plan, berths=tuple(berths))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_where_serve_scales_any_number_within_the_room_is_as_wanted(lab, count):
+    growing(lab, "chat@a-0", 2)
+    replicas = [Replica(f"r{number}", "RUNNING", "node-a-0", 100 + number) for number in range(1, count + 1)]
+    coming = Replica("r9", "STARTING", "node-a-0", None)
+    lab.apps["chat@a-0"] = app("chat@a-0", *replicas, coming)
+    assert not {"replica_missing", "replica_extra", "replica_not_running"} & set(lab.kinds())
+    assert lab.report().rows[0].planned_mib == 4 * CHAT + EMBED
+
+
+def test_where_serve_scales_too_few_and_too_many_are_drift(lab):
+    growing(lab, "chat@a-0", 1)
+    lab.apps["chat@a-0"] = app("chat@a-0", Replica("r1", "RUNNING", "node-a-0", 101))
+    check(lab.one("replica_missing"), "drift", "chat@a-0", A0, "1 RUNNING", "2 to 3")
+    many = [Replica(f"r{number}", "RUNNING", "node-a-0", 100 + number) for number in range(4)]
+    lab.apps["chat@a-0"] = app("chat@a-0", *many)
+    check(lab.one("replica_extra"), "drift", "chat@a-0", A0, "4 RUNNING", "2 to 3")
+
+
+def test_an_app_that_is_nothing_but_room_must_be_there_to_wake(lab):
+    growing(lab, "chat@b-0", 1)
+    del lab.apps["chat@b-0"]
+    check(lab.one("app_missing"), "drift", "chat@b-0", B0, "no such Serve app", "1 to 2 RUNNING on b-0")
 
 
 def test_what_a_replica_holds_is_not_guessed(lab):

@@ -1,0 +1,51 @@
+"""The app list's autoscaling: what is refused, and what becomes of it in a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from berth.errors import BerthError
+from berth.plan.apps import load_apps
+from berth.plan.planner import make_plan
+from tests.unit.plan.helpers import slot
+
+
+def app(replicas: int = 1, **scaling: Any) -> dict[str, Any]:
+    return {"name": "chat", "engine": "light", "replicas": replicas, "vram_mib": 10_000, "autoscaling": scaling}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "scaling", "says"),
+    [
+        (2, {"max_replicas": 2}, r"max_replicas leaves nothing to scale; found: 2; allowed: > replicas \(2\)"),
+        (0, {"max_replicas": 1, "target_ongoing_requests": 65}, r"<= max_ongoing_requests \(64\)"),
+        (0, {"max_replicas": 1, "target_ongoing_requests": 0}, "target_ongoing_requests is never reached"),
+        (0, {"max_replicas": 1, "downscale_delay_s": -1}, "downscale_delay_s is no time"),
+        (0, {"max_replicas": 1, "look_back_period_s": 0}, "look_back_period_s is no time"),
+        (0, {"max_replicas": 1, "min_replicas": 0}, "min_replicas"),
+        (0, {}, "max_replicas"),
+    ],
+)
+def test_what_cannot_scale_is_refused(replicas: int, scaling: dict[str, Any], says: str) -> None:
+    with pytest.raises(BerthError, match=says):
+        load_apps([app(replicas, **scaling)])
+
+
+@pytest.mark.parametrize("replicas", [0, 1, 3])
+def test_all_that_may_come_has_its_room_in_the_plan(replicas: int) -> None:
+    (spec,) = load_apps([app(replicas, max_replicas=5)])
+    plan = make_plan([slot("a-0"), slot("a-1")], [spec.deployment()], "pack")
+    assert sum(berth.replicas for berth in plan.berths) == replicas
+    assert sum(berth.replicas + berth.reserved for berth in plan.berths) == 5
+    for place in plan.slots:
+        here = [berth for berth in plan.berths if berth.slot == place.name]
+        assert sum((berth.replicas + berth.reserved) * berth.vram_mib for berth in here) <= place.vram_mib
+
+
+def test_room_that_there_is_not_is_said() -> None:
+    (spec,) = load_apps([app(1, max_replicas=5)])
+    plan = make_plan([slot("a-0")], [spec.deployment()], "pack")
+    (left,) = plan.unplaced
+    assert left.room >= 1
