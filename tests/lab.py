@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,15 @@ class Run:
             assert self.process.poll() is None, self.output[-LOG_CHARACTERS:]
             assert time.monotonic() < deadline, f"no {text!r} in:\n{self.output[-LOG_CHARACTERS:]}"
             time.sleep(0.2)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Stopped as by Ctrl-Z meanwhile: it is there and gets no further."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGCONT)
 
     def interrupt(self) -> None:
         """What Ctrl-C does: SIGINT to the whole process group."""

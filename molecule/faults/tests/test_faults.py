@@ -110,7 +110,8 @@ def test_ctrl_c_in_the_middle(lab: Lab) -> None:
 def test_two_operators_at_once(lab: Lab) -> None:
     first = lab.start("site.yml")
     first.wait_for("TASK [berth_agent")
-    second = lab.site()
+    with first.held():
+        second = lab.site()
     assert second.rc != 0
     assert "another run" in second.output
     assert "site.yml" in second.output
