@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from berth.engines import light_answers as answers
+from berth.engines.answers import Answer, in_kind, plain
 from berth.engines.errors import ApiError
 from berth.errors import BerthError
 from berth.gpu.sim import allocator
@@ -58,35 +59,35 @@ class LightServer:
         allocator.check()
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        asked = answers.plain(request)
+        asked = plain(request)
         return self._generate(answers.chat(self._about(asked, "chatcmpl"), asked), asked, request)
 
     async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        asked = answers.plain(request)
+        asked = plain(request)
         return self._generate(answers.completion(self._about(asked, "cmpl"), asked), asked, request)
 
     async def embeddings(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        asked = answers.plain(request)
+        asked = plain(request)
         dimensions = asked.get("dimensions") or int(self._args.get("dimensions", 16))
         whole = answers.embeddings(self._about(asked, "embd"), asked, dimensions)
-        return self._once(answers.in_kind(whole, request, "EmbeddingResponse"))
+        return self._once(in_kind(whole, request, "EmbeddingResponse"))
 
     async def score(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        asked = answers.plain(request)
+        asked = plain(request)
         whole = answers.scores(self._about(asked, "score"), asked)
-        return self._once(answers.in_kind(whole, request, "ScoreResponse"))
+        return self._once(in_kind(whole, request, "ScoreResponse"))
 
     def _about(self, asked: dict[str, Any], prefix: str) -> dict[str, Any]:
         return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.get("model")}
 
-    async def _generate(self, answer: answers.Answer, asked: dict[str, Any], request: Any) -> AsyncIterator[Any]:
+    async def _generate(self, answer: Answer, asked: dict[str, Any], request: Any) -> AsyncIterator[Any]:
         """Token by token, as an engine would; cancelled, it stops at once."""
         words, finish = self._words(answer, asked)
         self.running += 1
         try:
             if not asked.get("stream"):
                 await asyncio.sleep(self._token_s * len(words))
-                yield answers.in_kind(answer.whole(words, finish), request, answer.response)
+                yield in_kind(answer.whole(words, finish), request, answer.response)
                 return
             # As OpenAI's streams, one without a word comes first: who asks knows that he is being answered.
             yield answer.event("", first=True)
@@ -99,7 +100,7 @@ class LightServer:
         finally:
             self.running -= 1
 
-    def _words(self, answer: answers.Answer, asked: dict[str, Any]) -> tuple[list[str], str]:
+    def _words(self, answer: Answer, asked: dict[str, Any]) -> tuple[list[str], str]:
         """The tokens of the answer and why it ends there.
 
         Raises:

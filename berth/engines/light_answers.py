@@ -7,52 +7,12 @@ import hashlib
 import json
 import math
 import struct
-from dataclasses import dataclass
 from typing import Any, cast
 
+from berth.engines.answers import Answer, usage
 from berth.engines.errors import ApiError
 
 TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one request, whole or in events. ``about`` is what all of them share: id, created, model."""
-
-    about: dict[str, Any]
-    kind: str
-    response: str
-    """The class of ray.serve.llm's that a whole answer is."""
-    prompt_tokens: int
-
-    def whole(self, words: list[str], finish: str) -> dict[str, Any]:
-        text = "".join(words)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        return {**self.about, "object": self.kind, "choices": [choice], "usage": self._usage(len(words))}
-
-    def event(self, word: str, first: bool = False, finish: str | None = None) -> str:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
-        if self._chat:
-            choice["delta"] = {"role": "assistant", "content": ""} if first else {"content": word} if word else {}
-        else:
-            choice["text"] = word
-        return self._event([choice])
-
-    def usage_event(self, count: int) -> str:
-        """The last event where ``stream_options.include_usage`` is set: no choice, the usage alone."""
-        return self._event([], usage=self._usage(count))
-
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        kind = "chat.completion.chunk" if self._chat else self.kind
-        return f"data: {json.dumps({**self.about, 'object': kind, 'choices': choices, **more})}\n\n"
-
-    def _usage(self, count: int) -> dict[str, int]:
-        return usage(self.prompt_tokens, count)
-
-    @property
-    def _chat(self) -> bool:
-        return self.kind == "chat.completion"
 
 
 def chat(about: dict[str, Any], asked: dict[str, Any]) -> Answer:
@@ -123,32 +83,11 @@ def instance(schema: Any, root: dict[str, Any]) -> Any:
     return {"string": "light", "integer": lowest, "number": float(lowest), "boolean": False}.get(kind)
 
 
-def usage(prompt: int, answered: int = 0) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered}
-
-
 def count(given: Any) -> int:
     """Tokens of a text or of token ids; words are tokens here."""
     if isinstance(given, list):
         return len(given) if given and isinstance(given[0], int) else sum(map(count, given))
     return len(str(given).split())
-
-
-def plain(request: Any) -> dict[str, Any]:
-    """The light gateway asks with plain JSON, ray.serve.llm's with its classes."""
-    if isinstance(request, dict):
-        return request
-    found: dict[str, Any] = request.model_dump(exclude_unset=True, by_alias=True)
-    return found
-
-
-def in_kind(body: dict[str, Any], request: Any, response: str) -> Any:
-    """In the kind of the question."""
-    if isinstance(request, dict):
-        return body
-    from ray.llm._internal.serve.core.configs import openai_api_models as shapes
-
-    return getattr(shapes, response)(**body)
 
 
 def _encoded(numbers: list[float], asked: dict[str, Any]) -> Any:
