@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from typing import Any
 
 from berth.engines.gpu_lock import gpu_locks
 from berth.engines.log_handlers import handlers_kept
+from berth.engines.start_errors import Printed, explain, planned_of
+from berth.errors import BerthError
 
 
 class Replica:
@@ -26,7 +29,7 @@ class Replica:
         begun = time.monotonic()
         self._server = _server(config)
         async with gpu_locks():
-            await self._server.start()
+            await _started(self._server, config)
         _report_start(str(config["model"]), time.monotonic() - begun)
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
@@ -64,6 +67,25 @@ def _report_start(model: str, seconds: float) -> None:
     )
     gauge.set(seconds, tags={"model": model, "slot": slot})
     logging.getLogger("ray.serve").info(f"{model} on {slot or 'no slot'} is ready after {seconds:.1f} s")
+
+
+async def _started(server: Any, config: dict[str, Any]) -> None:
+    """Start an engine.
+
+    Raises:
+        BerthError: it failed for want of memory: which term of its footprint was wrong.
+    """
+    printed = Printed()
+    try:
+        await server.start()
+    except BerthError:
+        raise
+    except Exception as error:
+        told = explain(f"{printed.text()}\n{traceback.format_exc()}", planned_of(config))
+        if told is None:
+            raise
+        # Serve carries the last line to whoever asks why the app is not up.
+        raise told from error
 
 
 def _server(config: dict[str, Any]) -> Any:

@@ -19,16 +19,34 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from tests.e2e.cluster import ROOT, Cluster
 
 pytestmark = pytest.mark.e2e
 FOREIGN_PORT = 26379
+PAIR = "local-4"
+"""The slot of two GPUs, beside the four of the local inventory."""
+WIDE = {
+    "name": "wide",
+    "engine": "llm",
+    "model": "{{ serve_apps_model_dir }}/chat",
+    "replicas": 1,
+    "gpus_per_replica": 2,
+    "concurrency": 4,
+    "engine_args": {"max_model_len": 512, "max_num_seqs": 4, "enforce_eager": True},
+}
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    made = Cluster("e2e", tmp_path_factory.mktemp("main") / "state", 25000)
+    apps = yaml.safe_load((ROOT / "inventories/local/group_vars/all/apps.yml").read_text())["serve_apps_list"]
+    extra = {
+        "nvidia_driver_sim_profile": str(ROOT / "tests/e2e/l40s-x6.yml"),
+        "placement_slot_shapes": [[4, 5]],
+        "serve_apps_list": [*apps, WIDE],
+    }
+    made = Cluster("e2e", tmp_path_factory.mktemp("main") / "state", 25000, extra)
     yield made
     made.teardown()
 
@@ -74,8 +92,9 @@ def test_pack_shares_gpus_as_planned(cluster: Cluster) -> None:
     run = cluster.site("pack").ok()
     assert "waiting for" in run.output, "no progress was shown"
     berths = cluster.plan()["berths"]
-    assert {berth["slot"] for berth in berths} == {"local-0"}
-    assert {berth["deployment"]: berth["replicas"] for berth in berths} == {"chat": 2, "embedding": 2, "rerank": 1}
+    assert {berth["slot"] for berth in berths if berth["deployment"] != "wide"} == {"local-0"}
+    counts = {berth["deployment"]: berth["replicas"] for berth in berths}
+    assert counts == {"chat": 2, "embedding": 2, "rerank": 1, "wide": 1}
     report = cluster.verify()
     assert (report["rc"], report["ok"], report["failures"]) == (0, True, [])
 
@@ -90,17 +109,20 @@ def test_the_predicted_footprint_is_what_the_driver_sees(cluster: Cluster) -> No
     held = [item["vram_mib"] for row in rows for item in row["replicas"] if item["berth"].startswith("chat@")]
     kv_mib = planned["kv_cache_memory_bytes"] / 2**20 * 96
     assert all(kv_mib < mib <= planned["vram_mib"] for mib in held), (held, kv_mib, planned)
-    (kept,) = json.loads((cluster.state / "controller" / "footprints.json").read_text())["records"].values()
+    records = json.loads((cluster.state / "controller" / "footprints.json").read_text())["records"].values()
+    (kept,) = [item for item in records if item["engine"]["tensor_parallel_size"] == 1]
     assert kept["measured"]["total_mib"] == max(held)
 
 
 def test_the_driver_sees_engines_below_their_replicas(cluster: Cluster) -> None:
     """Asked of NVML and /proc alone: every process on the GPU descends from one replica, engines from chat's."""
     replica_of = {pid: name for name, pids in cluster.replicas().items() for pid in pids.values()}
-    packed = cluster.plan()["slots"][0]["gpu_uuids"][0]
+    packed = [
+        uuid for slot in cluster.plan()["slots"] if slot["name"] in ("local-0", PAIR) for uuid in slot["gpu_uuids"]
+    ]
     owners, below = set(), 0
     for uuid, seen in cluster.nvml().items():
-        assert uuid == packed or not seen["pids"], f"{uuid} is used though everything is packed on {packed}"
+        assert uuid in packed or not seen["pids"], f"{uuid} is used though everything is packed on {packed}"
         for pid in map(int, seen["pids"]):
             line = [pid, *(parent.pid for parent in psutil.Process(pid).parents())]
             held = [replica for replica in line if replica in replica_of]
@@ -111,9 +133,29 @@ def test_the_driver_sees_engines_below_their_replicas(cluster: Cluster) -> None:
     assert below >= 2, "no engine process of its own: joining by process tree was not tried"
 
 
+def test_a_replica_of_two_gpus_has_a_worker_on_each(cluster: Cluster) -> None:
+    """vLLM's own executor inside the slot: asked of NVML and /proc, one process per GPU, both below the replica."""
+    (berth,) = [item for item in cluster.plan()["berths"] if item["deployment"] == "wide"]
+    pair = next(slot["gpu_uuids"] for slot in cluster.plan()["slots"] if slot["name"] == PAIR)
+    assert (berth["slot"], len(pair)) == (PAIR, 2)
+    (replica,) = cluster.replicas()[f"wide@{PAIR}"].values()
+    seen = cluster.nvml()
+    workers = [list(seen[uuid]["pids"].items()) for uuid in pair]
+    assert [len(found) for found in workers] == [1, 1], workers
+    ((one, held), (other, also)) = (found[0] for found in workers)
+    assert one != other, "one process holds both GPUs: the model was not split"
+    for pid in (int(one), int(other)):
+        assert replica in {parent.pid for parent in psutil.Process(pid).parents()}
+    # Half of the weights and of the KV cache on each, and no more than was planned.
+    assert held == also
+    assert held <= berth["vram_mib"]
+    ask = {"model": "wide", "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
+    assert cluster.api("/v1/completions", ask).json()["usage"]["completion_tokens"] == 4
+
+
 def test_the_api_answers(cluster: Cluster) -> None:
     models = cluster.api("/v1/models").json()["data"]
-    assert [model["id"] for model in models] == ["chat", "embedding", "rerank"]
+    assert [model["id"] for model in models] == ["chat", "embedding", "rerank", "wide"]
     ask = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     answer = cluster.api("/v1/chat/completions", ask).json()
     assert answer["usage"]["completion_tokens"] >= 1
@@ -195,7 +237,9 @@ def test_flip_to_spread_is_make_before_break(cluster: Cluster, foreign: list[psu
         if "@" in name and pids:
             placed[name.split("@")[0]].add(name.split("@")[1])
             assert len(pids) == 1, f"{name} has {len(pids)} replicas"
-    assert {model: len(slots) for model, slots in placed.items()} == {"chat": 2, "embedding": 2, "rerank": 1}
+    counts = {model: len(slots) for model, slots in placed.items()}
+    assert counts == {"chat": 2, "embedding": 2, "rerank": 1, "wide": 1}
+    assert after[f"wide@{PAIR}"] == before[f"wide@{PAIR}"], "there is one slot of two GPUs, and yet its replica moved"
     assert _raylets(cluster) == raylets, "a raylet was restarted"
     assert after["berth-gateway"] == before["berth-gateway"], "the gateway was restarted"
     stays = [name for name in after if name.endswith("@local-0") and after[name]]
