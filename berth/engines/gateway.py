@@ -46,10 +46,10 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
             yield response
 
     async def models(self) -> JSONResponse:
-        return model_list(self._routes, self._started)
+        return await model_list(self._routes, self._started)
 
     async def model_data(self, model: str) -> JSONResponse:
-        return one_model(self._routes, model, self._started)
+        return await one_model(self._routes, model, self._started)
 
     async def rerank(self, body: RerankRequest) -> JSONResponse:
         """Documents ordered by relevance, from the model's scores."""

@@ -51,19 +51,23 @@ def ranked(body: RerankRequest, scores: Iterable[tuple[int, float]], about: dict
     return JSONResponse({**about, "model": body.model, "results": rows})
 
 
-def model_card(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "berth"}
+def model_card(routes: Routes, name: str, created: int) -> dict[str, Any]:
+    """OpenAI's model object; with ``engine`` and ``engine_reason`` where a berth of it does not run vLLM."""
+    card = {"id": name, "object": "model", "created": created, "owned_by": "berth"}
+    return card | next(iter(routes.engines(name.partition(":")[0]).values()), {})
 
 
-def model_list(routes: Routes, created: int) -> JSONResponse:
+async def model_list(routes: Routes, created: int) -> JSONResponse:
     """Models and adapters of the table; ``created``: seconds since 1970, of the gateway, for want of better."""
-    return JSONResponse({"object": "list", "data": [model_card(name, created) for name in routes.ids()]})
+    await routes.ask_engines()
+    return JSONResponse({"object": "list", "data": [model_card(routes, name, created) for name in routes.ids()]})
 
 
-def one_model(routes: Routes, name: str, created: int) -> JSONResponse:
+async def one_model(routes: Routes, name: str, created: int) -> JSONResponse:
     if name not in routes.ids():
         raise unknown(name)
-    return JSONResponse(model_card(name, created))
+    await routes.ask_engines()
+    return JSONResponse(model_card(routes, name, created))
 
 
 def error_response(error: ApiError) -> JSONResponse:

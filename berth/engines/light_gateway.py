@@ -68,11 +68,11 @@ class LightGateway:
 
     @app.get("/v1/models")  # type: ignore[untyped-decorator]
     async def models(self) -> JSONResponse:
-        return model_list(self._routes, self._started)
+        return await model_list(self._routes, self._started)
 
     @app.get("/v1/models/{model:path}")  # type: ignore[untyped-decorator]
     async def model_data(self, model: str) -> JSONResponse:
-        return one_model(self._routes, model, self._started)
+        return await one_model(self._routes, model, self._started)
 
     @app.post("/v1/chat/completions")  # type: ignore[untyped-decorator]
     async def chat(self, body: ChatBody) -> Response:

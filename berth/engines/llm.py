@@ -18,7 +18,10 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine, _normal
 from ray.llm._internal.serve.engines.vllm.vllm_models import FrontendArgs
 from ray.serve.llm import LLMConfig, LLMServer
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
+
+from berth.engines.fallback import NO_PLATFORM, CannotRun, cannot_run
 
 RUNNERS = {"llm": "generate", "embedding": "pooling", "rerank": "pooling"}
 """vLLM's runner for each engine of the app list."""
@@ -28,6 +31,8 @@ class SlotEngine(VLLMEngine):  # type: ignore[misc]
     """ray.serve.llm's vLLM engine without its remote configuration task and without Ray's executor."""
 
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:
+        if current_platform.is_unspecified():
+            raise CannotRun(NO_PLATFORM)
         config = self.llm_config.get_engine_config()
         kwargs = config.get_initialization_kwargs()
         kwargs["distributed_executor_backend"] = "uni" if config.num_devices == 1 else "mp"
@@ -35,6 +40,8 @@ class SlotEngine(VLLMEngine):  # type: ignore[misc]
         try:
             vllm_config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         except Exception as error:
+            if reason := cannot_run(str(error)):
+                raise CannotRun(reason) from None
             # vLLM's validation errors cannot be pickled, and Serve has to carry the text to whoever asks why.
             raise RuntimeError(f"vLLM refuses the engine arguments of {self.llm_config.model_id}: {error}") from None
         return args, FrontendArgs(**config.frontend_kwargs), vllm_config

@@ -10,8 +10,11 @@ import logging
 import os
 import time
 import traceback
+from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from typing import Any
 
+from berth.engines.fallback import ASKED_FOR, NOT_INSTALLED, CannotRun
 from berth.engines.gpu_lock import gpu_locks
 from berth.engines.log_handlers import handlers_kept
 from berth.engines.start_errors import Printed, explain, planned_of
@@ -29,8 +32,16 @@ class Replica:
         begun = time.monotonic()
         self._server = _server(config)
         async with gpu_locks():
-            await _started(self._server, config)
+            try:
+                await _started(self._server, config)
+            except CannotRun as refused:
+                self._server = _instead(config, str(refused))
+                await _started(self._server, config)
         _report_start(str(config["model"]), time.monotonic() - begun)
+
+    async def about(self) -> AsyncIterator[dict[str, str]]:
+        """The engine that runs here and, where it is not the one that was asked for, why."""
+        yield self._server.about() if hasattr(self._server, "about") else {"engine": "vllm"}
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
         return await self._server.chat(request, raw_request_info)
@@ -74,11 +85,12 @@ async def _started(server: Any, config: dict[str, Any]) -> None:
 
     Raises:
         BerthError: it failed for want of memory: which term of its footprint was wrong.
+        CannotRun: vLLM cannot run the model or the machine.
     """
     printed = Printed()
     try:
         await server.start()
-    except BerthError:
+    except (BerthError, CannotRun):
         raise
     except Exception as error:
         told = explain(f"{printed.text()}\n{traceback.format_exc()}", planned_of(config))
@@ -97,7 +109,34 @@ def _server(config: dict[str, Any]) -> Any:
         from berth.engines.vllm_server import ExternalServer
 
         return ExternalServer(config)
+    if config["engine"] == "transformers":
+        return _transformers(config, ASKED_FOR)
+    if find_spec("vllm") is None:
+        return _instead(config, NOT_INSTALLED)
     with handlers_kept():
         from berth.engines.llm import slot_server
 
     return slot_server(config)
+
+
+def _instead(config: dict[str, Any], reason: str) -> Any:
+    """The engine in vLLM's place, where the app list allows one.
+
+    Raises:
+        BerthError: it does not.
+    """
+    if config.get("fallback") != "transformers":
+        allow = "set fallback: transformers of the app in serve_apps_list (slower), or another model"
+        raise BerthError(
+            f"app {config['model']}: vLLM cannot run it",
+            found=reason,
+            mend=allow if config["engine"] == "llm" else "another model, or a runtime lock with vLLM",
+        )
+    return _transformers(config, reason)
+
+
+def _transformers(config: dict[str, Any], reason: str) -> Any:
+    with handlers_kept():
+        from berth.engines.transformers_server import TransformersServer
+
+    return TransformersServer(config, reason)

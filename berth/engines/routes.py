@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
@@ -12,6 +13,9 @@ from typing import Any
 from berth.engines.affinity import ADAPTER_SLACK, Affinity, keys_of
 from berth.engines.errors import ApiError, down, failure, full, refusal, unknown
 
+ENGINE_TIMEOUT_S = 2.0
+"""A berth that is full answers no sooner than its requests end: what engine it runs can wait."""
+
 
 @dataclass(frozen=True)
 class TableBerth:
@@ -20,6 +24,7 @@ class TableBerth:
 
     Where Serve scales it, ``wake_above`` is what all its replicas should have outstanding at most, beyond which another
     berth is woken; one that ``sleeps`` may be without a replica, and a request makes Serve start one.
+    ``may_differ``: its engine may be another than vLLM, and is asked.
     """
 
     app: str
@@ -29,6 +34,7 @@ class TableBerth:
     adapters: frozenset[str]
     wake_above: float | None = None
     sleeps: bool = False
+    may_differ: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Routes:
         self._models: dict[str, _Model] = {}
         self._outstanding: Counter[str] = Counter()
         self._affinity = Affinity()
+        self._engines: dict[str, dict[str, str]] = {}
 
     def take(self, user_config: dict[str, Any]) -> None:
         """The new table. A berth that does not exist (yet, or any more) is left out, never an error: an exception
@@ -64,6 +71,7 @@ class Routes:
             )
             for model, entry in sorted(user_config.get("models", {}).items())
         }
+        self._engines.clear()
         self._affinity.forget({berth.app for model in self._models.values() for berth in model.berths})
 
     def _berth(self, model: str, berth: dict[str, Any]) -> TableBerth | None:
@@ -72,9 +80,15 @@ class Routes:
         except Exception:
             return None
         adapters = frozenset(berth.get("adapters", ()))
-        wake_above, sleeps = berth.get("wake_above"), bool(berth.get("sleeps"))
         return TableBerth(
-            berth["app"], handle, int(berth["replicas"]), berth.get("limit"), adapters, wake_above, sleeps
+            app=berth["app"],
+            handle=handle,
+            replicas=int(berth["replicas"]),
+            limit=berth.get("limit"),
+            adapters=adapters,
+            wake_above=berth.get("wake_above"),
+            sleeps=bool(berth.get("sleeps")),
+            may_differ=bool(berth.get("may_differ")),
         )
 
     def models(self) -> dict[str, list[str]]:
@@ -97,6 +111,27 @@ class Routes:
             found += [name, *(f"{name}:{adapter}" for adapter in adapters)]
         return found
 
+    async def ask_engines(self) -> None:
+        """Ask the berths whose engine may be another than vLLM, each once, which one it is; see ``engines``."""
+        for model in self._models.values():
+            for berth in model.berths:
+                if berth.may_differ and berth.app not in self._engines and self._up(berth) and not self._asleep(berth):
+                    # A berth that does not answer now is asked again the next time.
+                    with suppress(Exception):
+                        async with asyncio.timeout(ENGINE_TIMEOUT_S):
+                            async for about in berth.handle.about.remote():
+                                self._engines[berth.app] = dict(about)
+
+    def engines(self, asked: str = "") -> dict[str, dict[str, str]]:
+        """What berths (of one model) said of their engine (``engine``, ``engine_reason``), by berth; those alone that
+        run none of vLLM."""
+        berths = {berth.app for name, model in self._models.items() if asked in ("", name) for berth in model.berths}
+        return {
+            app: about
+            for app, about in sorted(self._engines.items())
+            if app in berths and about.get("engine") != "vllm"
+        }
+
     def outstanding(self) -> dict[str, int]:
         """Requests of this gateway that each berth has and has not answered to the end."""
         return {name: count for name, count in sorted(self._outstanding.items()) if count > 0}
@@ -104,7 +139,9 @@ class Routes:
     def health(self) -> tuple[int, dict[str, Any]]:
         """200 while every model of the table has a berth that can answer, and what there is to see."""
         models = self.models()
-        found = {"models": models, "asleep": self.asleep(), "outstanding": self.outstanding()}
+        found: dict[str, Any] = {"models": models, "asleep": self.asleep(), "outstanding": self.outstanding()}
+        if engines := self.engines():
+            found["engines"] = engines
         return 200 if all(models.values()) else 503, found
 
     def named(self, asked: str | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SEED = 0
-MODELS = ("chat", "embedding", "rerank")
+MODELS = ("chat", "embedding", "rerank", "old")
 _SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
 _TEXT = "the quick brown fox jumps over the lazy dog. hello world, replicas and slots on gpus"
 _CHAT = (
@@ -58,9 +58,22 @@ def _tokenizer() -> Any:
 
 
 def _model(name: str) -> Any:
-    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        GPTNeoConfig,
+        GPTNeoForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     common = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    if name == "old":
+        # vLLM 0.29 cannot run its architecture: what the fallback is for.
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        kind = {"attention_types": [[["global"], 2]], "num_heads": 2, "num_layers": 2, "max_position_embeddings": 512}
+        sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+        return GPTNeoForCausalLM(GPTNeoConfig(**sizes, **kind, **special))
     if name == "rerank":
         config = BertConfig(**common, num_attention_heads=2, max_position_embeddings=512, num_labels=1)
         return BertForSequenceClassification(config)

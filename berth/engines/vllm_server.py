@@ -22,8 +22,8 @@ from typing import Any
 
 import httpx
 
+from berth.engines.answers import in_kind, plain
 from berth.engines.errors import ApiError
-from berth.engines.light_answers import in_kind, plain
 
 MODULE = "vllm.entrypoints.openai.api_server"
 PR_SET_PDEATHSIG = 1

@@ -11,7 +11,7 @@ from berth.codec import STRICT, load
 from berth.errors import BerthError
 from berth.plan.types import Affinity, Deployment, DomainName, StrategyName
 
-Engine = Literal["llm", "embedding", "rerank", "vllm_server", "light"]
+Engine = Literal["llm", "embedding", "rerank", "transformers", "vllm_server", "light"]
 MIB = 1 << 20
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 OWNED_ENGINE_ARGS = {
@@ -27,6 +27,17 @@ OWNED_ENGINE_ARGS = {
     "lora_modules": "adapters",
 }
 """vLLM engine arguments that Berth decides, and the key of the app list that decides each."""
+TRANSFORMERS_ARGS = (
+    "dtype",
+    "kv_cache_memory_bytes",
+    "max_model_len",
+    "max_num_seqs",
+    "revision",
+    "seed",
+    "tokenizer",
+    "trust_remote_code",
+)
+"""Engine arguments that the transformers engine has."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class AppSpec:
     berths, and when all are full the API answers 429. ``prefix_affinity``: a prompt goes to a berth that has seen its
     beginning while that has at most so many outstanding requests per replica more than the least loaded; 0 is off.
     ``adapters``: LoRA adapters by name, each a directory; asked for as ``name:adapter``.
+    ``fallback``: the engine in vLLM's place where vLLM cannot run the model or the machine; none, and the start fails.
     With ``autoscaling``, ``replicas`` are the fewest.
     From ``priority`` on, the planner's words: see ``berth.plan.types.Deployment``.
     """
@@ -80,6 +92,7 @@ class AppSpec:
     prefix_affinity: float = 0.0
     adapters: dict[str, str] = field(default_factory=dict)
     autoscaling: Autoscaling | None = None
+    fallback: Literal["", "transformers"] = ""
     engine_args: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     priority: int = 0
@@ -181,7 +194,30 @@ def _check(app: AppSpec, mend: str) -> None:
         )
     _check_adapters(app, mend)
     _check_autoscaling(app, mend)
+    _check_transformers(app, mend)
     _check_engine_args(app)
+
+
+def _check_transformers(app: AppSpec, mend: str) -> None:
+    if app.fallback and app.engine != "llm":
+        raise BerthError(
+            f"app {app.name}: only engine llm has a fallback", found=app.engine, allowed="engine llm", mend=mend
+        )
+    if (app.fallback or app.engine == "transformers") and app.gpus_per_replica > 1:
+        raise BerthError(
+            f"app {app.name}: the transformers engine does not split a model over GPUs",
+            found=f"gpus_per_replica {app.gpus_per_replica}",
+            allowed="1",
+            mend="set gpus_per_replica to 1, or engine llm without fallback",
+        )
+    unknown = sorted(set(app.engine_args) - set(TRANSFORMERS_ARGS)) if app.engine == "transformers" else []
+    if unknown:
+        raise BerthError(
+            f"app {app.name}: engine_args that the transformers engine does not have",
+            found=", ".join(unknown),
+            allowed=", ".join(TRANSFORMERS_ARGS),
+            mend=mend,
+        )
 
 
 def _check_adapters(app: AppSpec, mend: str) -> None:

@@ -160,6 +160,8 @@ def read_source(app: AppSpec) -> Source:
         "tensor_parallel_size": app.gpus_per_replica,
         "runner": RUNNERS.get(app.engine, "generate"),
         "concurrency": app.concurrency,
+        # It captures no graphs.
+        **({"enforce_eager": True} if app.engine == "transformers" else {}),
     }
     has_weights = where.is_dir() and any(where.glob("*.safetensors*"))
     return Source(

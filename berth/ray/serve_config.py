@@ -60,6 +60,7 @@ def berth_app(
             # vLLM checks total x utilization against what is free, even when the KV budget is given in bytes.
             "gpu_memory_utilization": math.floor(10_000 * berth.vram_mib / slot.total_mib) / 10_000,
             **({"adapters": dict(spec.adapters)} if spec.adapters else {}),
+            **({"fallback": spec.fallback} if spec.fallback else {}),
         },
         "runtime_env": {"env_vars": env} if env else {},
         "deployments": [
@@ -165,6 +166,8 @@ def _table_berth(app: Mapping[str, Any]) -> dict[str, Any]:
         found["limit"] = limit
     if adapters := app["args"].get("adapters"):
         found["adapters"] = sorted(adapters)
+    if app["args"].get("engine") == "transformers" or app["args"].get("fallback"):
+        found["may_differ"] = True
     return found
 
 

@@ -38,13 +38,24 @@ WIDE = {
 }
 
 
+OLD = {
+    "name": "old",
+    "engine": "llm",
+    "fallback": "transformers",
+    "model": "{{ serve_apps_model_dir }}/old",
+    "replicas": 1,
+    "vram_mib": 1024,
+    "engine_args": {"max_model_len": 256, "max_num_seqs": 2, "kv_cache_memory_bytes": 1 << 20},
+}
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     apps = yaml.safe_load((ROOT / "inventories/local/group_vars/all/apps.yml").read_text())["serve_apps_list"]
     extra = {
         "nvidia_driver_sim_profile": str(ROOT / "tests/e2e/l40s-x6.yml"),
         "placement_slot_shapes": [[4, 5]],
-        "serve_apps_list": [*apps, WIDE],
+        "serve_apps_list": [*apps, WIDE, OLD],
     }
     made = Cluster("e2e", tmp_path_factory.mktemp("main") / "state", 25000, extra)
     yield made
@@ -94,7 +105,7 @@ def test_pack_shares_gpus_as_planned(cluster: Cluster) -> None:
     berths = cluster.plan()["berths"]
     assert {berth["slot"] for berth in berths if berth["deployment"] != "wide"} == {"local-0"}
     counts = {berth["deployment"]: berth["replicas"] for berth in berths}
-    assert counts == {"chat": 2, "embedding": 2, "rerank": 1, "wide": 1}
+    assert counts == {"chat": 2, "embedding": 2, "old": 1, "rerank": 1, "wide": 1}
     report = cluster.verify()
     assert (report["rc"], report["ok"], report["failures"]) == (0, True, [])
 
@@ -155,7 +166,7 @@ def test_a_replica_of_two_gpus_has_a_worker_on_each(cluster: Cluster) -> None:
 
 def test_the_api_answers(cluster: Cluster) -> None:
     models = cluster.api("/v1/models").json()["data"]
-    assert [model["id"] for model in models] == ["chat", "embedding", "rerank", "wide"]
+    assert [model["id"] for model in models] == ["chat", "embedding", "old", "rerank", "wide"]
     ask = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     answer = cluster.api("/v1/chat/completions", ask).json()
     assert answer["usage"]["completion_tokens"] >= 1
@@ -179,6 +190,31 @@ def test_the_api_answers(cluster: Cluster) -> None:
         file.read_text() for file in cluster.run_dir.glob("local-0/session_latest/logs/serve/replica_chat@*")
     )
     assert "CALL /v1/chat/completions OK" in logs, "vLLM's import closed the replica's log"
+
+
+def test_a_model_that_vllm_cannot_run_runs_on_transformers_and_says_so(cluster: Cluster) -> None:
+    card = cluster.api("/v1/models/old").json()
+    assert (card["engine"], card["engine_reason"][:10]) == ("transformers", "vLLM says:")
+    assert "GPTNeoForCausalLM" in card["engine_reason"]
+    assert "engine" not in cluster.api("/v1/models/chat").json()
+    assert list(cluster.api("/healthz").json()["engines"]) == ["old@local-0"]
+    # Warm and with a seed: at its coldest a random model says the same special token again and again.
+    ask = {"model": "old", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 48, "ignore_eos": True}
+    ask |= {"temperature": 1.5, "seed": 7}
+    whole = cluster.api("/v1/chat/completions", ask).json()
+    said = whole["choices"][0]["message"]["content"]
+    assert (whole["usage"]["completion_tokens"], whole["choices"][0]["finish_reason"]) == (48, "length")
+    lines = list(cluster.api("/v1/chat/completions", {**ask, "stream": True}, stream=True).iter_lines())
+    assert lines[-2:] == [b"data: [DONE]", b""]
+    chunks = [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: {")]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == said
+    assert len(chunks) > 4, "it was not streamed"
+    stopped = cluster.api("/v1/chat/completions", {**ask, "stop": said[3:5]}).json()["choices"][0]
+    assert (stopped["message"]["content"], stopped["finish_reason"]) == (said[: said.index(said[3:5])], "stop")
+    other = cluster.api("/v1/chat/completions", {**ask, "seed": 8}).json()["choices"][0]["message"]["content"]
+    assert other != said
+    _refused(cluster, {**ask, "messages": ask["messages"] * 300}, 400, "context_length_exceeded")
+    _refused(cluster, {**ask, "response_format": {"type": "json_object"}}, 400, "unsupported_parameter")
 
 
 def _refused(cluster: Cluster, ask: dict[str, Any], status: int, code: str | None) -> None:
@@ -238,7 +274,7 @@ def test_flip_to_spread_is_make_before_break(cluster: Cluster, foreign: list[psu
             placed[name.split("@")[0]].add(name.split("@")[1])
             assert len(pids) == 1, f"{name} has {len(pids)} replicas"
     counts = {model: len(slots) for model, slots in placed.items()}
-    assert counts == {"chat": 2, "embedding": 2, "rerank": 1, "wide": 1}
+    assert counts == {"chat": 2, "embedding": 2, "old": 1, "rerank": 1, "wide": 1}
     assert after[f"wide@{PAIR}"] == before[f"wide@{PAIR}"], "there is one slot of two GPUs, and yet its replica moved"
     assert _raylets(cluster) == raylets, "a raylet was restarted"
     assert after["berth-gateway"] == before["berth-gateway"], "the gateway was restarted"

@@ -112,6 +112,40 @@ class Scene:
         return refused.value
 
 
+def test_a_berth_that_may_run_another_engine_is_asked_once_and_the_model_says_so() -> None:
+    config = table(chat={"chat@a": 1, "chat@b": 1}, other={"other@a": 1})
+    for berth in config["models"]["chat"]["berths"]:
+        berth["may_differ"] = True
+    scene = Scene(config)
+    instead = {"engine": "transformers", "engine_reason": "vLLM says: no"}
+    given = {"chat@a": instead, "chat@b": {"engine": "vllm"}, "other@a": instead}
+    for app, about in given.items():
+        scene.handles[app].about = scene.handles[app]
+        scene.handles[app].give = lambda about=about: Response([about])
+    asyncio.run(scene.routes.ask_engines())
+    asyncio.run(scene.routes.ask_engines())
+    assert {app: len(handle.asked) for app, handle in scene.handles.items()} == {"chat@a": 1, "chat@b": 1, "other@a": 0}
+    assert scene.routes.engines("chat") == {"chat@a": instead}
+    assert scene.routes.engines("other") == {}
+    assert scene.routes.health()[1]["engines"] == {"chat@a": instead}
+    scene.routes.take(config)
+    assert scene.routes.engines() == {}, "a berth of the same name may be another one"
+
+
+def test_a_berth_that_does_not_say_which_engine_it_runs_is_asked_again() -> None:
+    config = table(chat={"chat@a": 1})
+    config["models"]["chat"]["berths"][0]["may_differ"] = True
+    scene = Scene(config)
+    handle = scene.handles["chat@a"]
+    handle.about = handle
+    handle.give = lambda: Response([], RayActorError("gone"))
+    asyncio.run(scene.routes.ask_engines())
+    assert "engines" not in scene.routes.health()[1]
+    handle.give = lambda: Response([{"engine": "transformers"}])
+    asyncio.run(scene.routes.ask_engines())
+    assert scene.routes.engines() == {"chat@a": {"engine": "transformers"}}
+
+
 def test_an_unknown_model_is_404_and_one_without_a_berth_503() -> None:
     scene = Scene(table(chat={}))
     unknown = scene.refused("nope")

@@ -1,4 +1,4 @@
-"""The app list's autoscaling: what is refused, and what becomes of it in a plan."""
+"""The app list: what is refused before anything starts, and what becomes of autoscaling in a plan."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import pytest
 
 from berth.errors import BerthError
 from berth.plan.apps import load_apps
+from berth.plan.footprints import read_source
 from berth.plan.planner import make_plan
 from tests.unit.plan.helpers import slot
+from tests.unit.ray.builders import spec as app_spec
+
+APP = {"name": "chat", "engine": "llm", "model": "org/chat", "replicas": 1, "vram_mib": 4000}
 
 
 def app(replicas: int = 1, **scaling: Any) -> dict[str, Any]:
@@ -49,3 +53,31 @@ def test_room_that_there_is_not_is_said() -> None:
     plan = make_plan([slot("a-0")], [spec.deployment()], "pack")
     (left,) = plan.unplaced
     assert left.room >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine": "embedding", "fallback": "transformers"}, ["only engine llm has a fallback", "embedding"]),
+        (
+            {"fallback": "transformers", "gpus_per_replica": 2},
+            ["does not split a model over GPUs", "set gpus_per_replica"],
+        ),
+        ({"engine": "transformers", "gpus_per_replica": 2}, ["does not split a model over GPUs"]),
+        ({"engine": "transformers", "engine_args": {"enable_lora": True}}, ["enable_lora", "max_model_len"]),
+        ({"engine": "transformers", "adapters": {"sql": "/sql"}}, ["takes no adapters"]),
+        ({"fallback": "llama.cpp"}, ["fallback", "transformers"]),
+    ],
+)
+def test_what_the_transformers_engine_cannot_do_is_refused_before_anything_starts(
+    changes: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(BerthError) as refused:
+        load_apps([{**APP, **changes}])
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_an_engine_that_captures_no_graphs_has_none_in_its_footprint(tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    made = [app_spec("chat", engine=engine, model=str(tmp_path), vram_mib=None) for engine in ("llm", "transformers")]
+    assert [read_source(app).engine.enforce_eager for app in made] == [False, True]

@@ -188,6 +188,14 @@ def test_a_berth_without_room_has_its_number() -> None:
     assert (fewest(config), most(config)) == (2, 2)
 
 
+def test_the_gateway_asks_those_that_may_run_another_engine_than_vllm() -> None:
+    allowed, asked, plain = berth(fallback="transformers"), berth(engine="transformers"), berth()
+    assert allowed["args"]["fallback"] == "transformers"
+    assert "fallback" not in plain["args"], "an app without one has the arguments it always had: no restart"
+    entries = [gateway_table([], [config])["models"]["chat"]["berths"][0] for config in (allowed, asked, plain)]
+    assert [entry.get("may_differ") for entry in entries] == [True, True, None]
+
+
 def test_a_berth_of_a_model_that_is_no_longer_wanted_stays_in_the_table_until_it_goes() -> None:
     assert gateway_table([], [app("chat", "gpu01-0")])["models"]["chat"]["berths"][0]["app"] == "chat@gpu01-0"
 
