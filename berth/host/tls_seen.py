@@ -62,7 +62,11 @@ def ask(node: str, address: str, port: int, tls_dir: str) -> Shown | None:
 
 
 def nodes_of(directory: Path) -> list[NodeConfig]:
-    """The node configurations that the roles wrote into ``directory``, by name."""
-    files = [*directory.glob("head.json"), *directory.glob("slot-*.json")]
-    found = [load(NodeConfig, json.loads(path.read_text(encoding="utf-8")), str(path)) for path in files]
+    """The nodes of this host, by name, from the files that the units start them with (berth.ray.launch)."""
+    files = [path for path in (directory / "head.json", directory / "slot.json") if path.exists()]
+    found = [
+        load(NodeConfig, node, f"{path}: {name}")
+        for path in files
+        for name, node in json.loads(path.read_text(encoding="utf-8")).items()
+    ]
     return sorted(found, key=lambda node: node.name)

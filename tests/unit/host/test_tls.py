@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import socket
 import ssl
 import threading
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from berth.codec import dump, replace
 from berth.errors import BerthError
 from berth.host import tls
-from berth.host.tls_seen import ask
+from berth.host.tls_seen import ask, nodes_of
+from tests.unit.ray.test_start import HEAD, SLOT
 
 NOW = dt.datetime(2026, 11, 21, 12, tzinfo=dt.UTC)
 DAY = dt.timedelta(days=1)
@@ -185,6 +188,15 @@ def test_what_a_node_shows_is_read_without_a_certificate(tmp_path: Path) -> None
         assert found
         assert (found.ends, found.problem) == (tls.end(before.certificate), "")
         assert found.ends != tls.end((tmp_path / "gpu01.crt").read_text())
+
+
+def test_the_nodes_of_a_host_are_read_as_the_units_read_them(tmp_path: Path) -> None:
+    """One file per kind of unit, nodes by name."""
+    assert nodes_of(tmp_path) == []
+    other = replace(SLOT, name="gpu01-1")
+    (tmp_path / "head.json").write_text(json.dumps({HEAD.name: dump(HEAD)}))
+    (tmp_path / "slot.json").write_text(json.dumps({other.name: dump(other), SLOT.name: dump(SLOT)}))
+    assert nodes_of(tmp_path) == [SLOT, other, HEAD]
 
 
 def test_a_certificate_that_has_ended_and_a_foreign_one_are_told_apart(tmp_path: Path) -> None:
