@@ -3,7 +3,7 @@
 All three are up, with the same engine arguments and environment; stock and Berth share one Ray and its proxy, so that
 nothing but their own classes differs. One is loaded at a time, and for each level of load they take turns, round after
 round: what else the machine does then falls on all alike, while one system up at a time would compare minutes that lie
-far apart. Engines that are idle take no CPU worth naming (said in the results). What each level is: bench.load.
+far apart. What the idle ones take is in the results (plain vLLM a fifth of a core). What each level is: bench.load.
 
 Needs the CPU runtime and its tiny models (make up, or BERTH_RUNTIME_PYTHON). ``--profile`` also samples the processes
 at the highest concurrency with py-spy (in the runtime) and says where their time goes.
