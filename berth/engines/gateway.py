@@ -5,10 +5,23 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, OpenAIHTTPException, ScoreRequest
-from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, OpenAiIngress, init, make_fastapi_ingress
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ModelCard,
+    OpenAIHTTPException,
+    ScoreRequest,
+    TokenizeRequest,
+)
+from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, OpenAiIngress, make_fastapi_ingress
+from ray.llm._internal.serve.core.ingress.middleware import SetRequestIdMiddleware
 from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
+    add_http_metrics_middleware,
+    metrics_lifespan,
+)
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from berth.engines.errors import ApiError
@@ -36,7 +49,7 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
         return self._routes.choose(model_id).handle
 
     async def _get_response(self, *, body: Any, call_method: str, raw_request: Any = None) -> Any:
-        if call_method == "chat":
+        if hasattr(body, "messages"):
             try:
                 body = _sanitize_chat_completion_request(body)
             except ValueError as error:
@@ -58,6 +71,11 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
         scores = [(item.index, item.score) for item in result.data]
         return ranked(body, scores, {"id": result.id, "usage": result.usage.model_dump()})
 
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> JSONResponse:
+        """Tokens of a prompt, or of messages in the model's chat template, which ray.serve.llm's own leaves out."""
+        result = await anext(self._get_response(body=body, call_method="tokenize", raw_request=request))
+        return JSONResponse(result.model_dump())
+
     async def healthz(self) -> JSONResponse:
         """See berth.engines.routes.Routes.health."""
         status, body = self._routes.health()
@@ -72,9 +90,19 @@ async def _ray_error(_request: Any, error: OpenAIHTTPException) -> JSONResponse:
 
 
 def gateway_class() -> Any:
-    """The gateway with its routes, ready for ``serve.deployment``."""
-    app = init()
+    """The gateway with its routes, ready for ``serve.deployment``.
+
+    The app is ray.serve.llm's (``init``) without its middleware for errors: our handlers answer those, and Starlette's
+    BaseHTTPMiddleware takes every part of a stream through a queue and a task of its own (decision 22).
+    """
+    app = FastAPI(lifespan=metrics_lifespan)
     add_error_handlers(app)
+    app.add_middleware(
+        CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
+    )
+    add_http_metrics_middleware(app)
+    # Last, so that it is the outermost: the others look at what it sets.
+    app.add_middleware(SetRequestIdMiddleware)
     app.add_exception_handler(OpenAIHTTPException, _ray_error)
     routes = dict(DEFAULT_ENDPOINTS)
     routes["models"] = lambda app: app.get("/v1/models")

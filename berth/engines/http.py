@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -11,9 +12,49 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from berth.engines.errors import ApiError, unknown
 from berth.engines.routes import Routes
+from berth.ray.serve_config import MAX_BODY_VARIABLE, ServeOptions
+
+MIB = 1 << 20
+
+
+class BodyLimit:
+    """Refuses what is too large with 413: before any of it is read where its length is given, else when it is over.
+
+    Serve's proxies have no limit, and FastAPI holds a body in memory as a whole, several times over as JSON.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._most = int(os.environ.get(MAX_BODY_VARIABLE, ServeOptions.max_body_mib)) * MIB
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"content-length", b"0")
+        if given.isdigit() and int(given) > self._most:
+            await error_response(ApiError(413, self._words))(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._most:
+                # FastAPI makes 400 of any other class that is raised while it reads a body.
+                raise HTTPException(413, self._words)
+            return message
+
+        await self._app(scope, counted, send)
+
+    @property
+    def _words(self) -> str:
+        return f"The body of the request is larger than {self._most // MIB} MiB."
 
 
 class RerankRequest(BaseModel):
@@ -75,8 +116,9 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every refusal as OpenAI's: ours, Starlette's (unknown path, wrong method) and FastAPI's of a body (400, not
-    422)."""
+    """Every refusal as OpenAI's: ours, Starlette's (unknown path, wrong method), FastAPI's of a body (400, not 422),
+    and of a body that is too large."""
+    app.add_middleware(BodyLimit)
     app.add_exception_handler(ApiError, _ours)
     app.add_exception_handler(HTTPException, _starlette)
     app.add_exception_handler(RequestValidationError, _invalid)

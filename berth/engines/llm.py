@@ -7,7 +7,7 @@ engine here uses vLLM's own executors over the GPUs the slot sees.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +21,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
+from berth.engines.batches import Batches
 from berth.engines.fallback import NO_PLATFORM, CannotRun, cannot_run
 
 RUNNERS = {"llm": "generate", "embedding": "pooling", "rerank": "pooling"}
@@ -29,6 +30,11 @@ RUNNERS = {"llm": "generate", "embedding": "pooling", "rerank": "pooling"}
 
 class SlotEngine(VLLMEngine):  # type: ignore[misc]
     """ray.serve.llm's vLLM engine without its remote configuration task and without Ray's executor."""
+
+    async def start(self) -> None:
+        await super().start()
+        # vLLM 0.29 renamed what Ray 2.60 looks for, and /tokenize would say that the model cannot (vllm #46022).
+        self._oai_serving_tokenization: Any = getattr(self._app_state, "serving_tokenization", None)
 
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:
         if current_platform.is_unspecified():
@@ -55,7 +61,11 @@ class SlotServer(LLMServer):  # type: ignore[misc]
     """LoRA adapters by name, each a directory. vLLM keeps them in the host's memory and on the GPU as many as it has
     slots for; ray.serve.llm would fetch them from a bucket, which hosts without one cannot."""
 
+    def _batch_output_stream(self, generator: Any) -> AsyncIterator[list[Any]]:
+        return self._batches.of(generator)
+
     async def start(self) -> None:
+        self._batches = Batches(self._get_batch_interval_ms() / 1000)
         self._llm_config._callback_instance = CallbackBase(
             llm_config=self._llm_config,
             ctx_kwargs={"placement_group": None, "runtime_env": {}, "run_init_node": False},

@@ -18,13 +18,20 @@ BUILD_GATEWAY = "berth.engines.app:build_gateway"
 GATEWAY_REQUESTS = 10_000
 """Requests that a gateway holds, and as many again that a proxy keeps for it. What is asked of models ends much sooner,
 at the limits of their berths; this is the end of everything else."""
+GATEWAY_ENV = {
+    # The gateway only hands on, and never blocks its loop: a thread of its own for Serve's router and one for the
+    # user's code cost a change of threads at every part of every stream (decision 22).
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
+MAX_BODY_VARIABLE = "BERTH_GATEWAY_MAX_BODY_MIB"
 SHARED_GPU = 0.01
 """Share of Ray's GPU that a replica on a shared slot asks for: a token, so that Ray sets its devices; VRAM_MB binds."""
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where Serve listens and how patiently it stops replicas (seconds)."""
+    """Where Serve listens, how patiently it stops replicas (seconds), and the largest body of a request."""
 
     __pydantic_config__ = STRICT
     host: str
@@ -33,6 +40,7 @@ class ServeOptions:
     gateway_replicas: int = 1
     drain_s: float = 60.0
     env: dict[str, str] = field(default_factory=dict)
+    max_body_mib: int = 64
 
 
 def berth_app(
@@ -126,6 +134,7 @@ def gateway_app(table: Mapping[str, Any], options: ServeOptions) -> dict[str, An
         "route_prefix": options.route_prefix,
         "import_path": BUILD_GATEWAY,
         "args": {},
+        "runtime_env": {"env_vars": {**GATEWAY_ENV, MAX_BODY_VARIABLE: str(options.max_body_mib)}},
         "deployments": [
             {
                 "name": "gateway",

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.e2e import bad_input
 from tests.e2e.cluster import ROOT, Cluster
 
 pytestmark = pytest.mark.e2e
@@ -51,15 +52,26 @@ OLD = {
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    apps = yaml.safe_load((ROOT / "inventories/local/group_vars/all/apps.yml").read_text())["serve_apps_list"]
+    directory = tmp_path_factory.mktemp("main")
     extra = {
         "nvidia_driver_sim_profile": str(ROOT / "tests/e2e/l40s-x6.yml"),
         "placement_slot_shapes": [[4, 5]],
-        "serve_apps_list": [*apps, WIDE, OLD],
+        "serve_apps_list": [*with_adapter(directory / "adapter"), WIDE, OLD],
     }
-    made = Cluster("e2e", tmp_path_factory.mktemp("main") / "state", 25000, extra)
+    made = Cluster("e2e", directory / "state", 25000, extra)
     yield made
     made.teardown()
+
+
+def with_adapter(directory: Path) -> list[dict[str, Any]]:
+    """The local inventory's app list, chat with a LoRA adapter beside it."""
+    bad_input.write_adapter(directory)
+    text = (ROOT / "inventories/local/group_vars/all/apps.yml").read_text(encoding="utf-8")
+    apps: list[dict[str, Any]] = yaml.safe_load(text)["serve_apps_list"]
+    (chat,) = (app for app in apps if app["name"] == "chat")
+    chat["adapters"] = {"tiny": str(directory)}
+    chat["engine_args"] |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+    return apps
 
 
 def runtime() -> Path:
@@ -166,7 +178,7 @@ def test_a_replica_of_two_gpus_has_a_worker_on_each(cluster: Cluster) -> None:
 
 def test_the_api_answers(cluster: Cluster) -> None:
     models = cluster.api("/v1/models").json()["data"]
-    assert [model["id"] for model in models] == ["chat", "embedding", "old", "rerank", "wide"]
+    assert [model["id"] for model in models] == ["chat", "chat:tiny", "embedding", "old", "rerank", "wide"]
     ask = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     answer = cluster.api("/v1/chat/completions", ask).json()
     assert answer["usage"]["completion_tokens"] >= 1
@@ -221,6 +233,63 @@ def _refused(cluster: Cluster, ask: dict[str, Any], status: int, code: str | Non
     answer = cluster.api("/v1/chat/completions", ask)
     assert answer.status_code == status, answer.text
     assert answer.json()["error"] == {**answer.json()["error"], "type": "invalid_request_error", "code": code}
+
+
+def test_an_adapter_is_asked_for_by_its_name(cluster: Cluster) -> None:
+    ask = {"prompt": "the quick brown fox", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    said = {
+        name: cluster.api("/v1/completions", {**ask, "model": name}).json()["choices"][0]["text"]
+        for name in ("chat", "chat:tiny")
+    }
+    assert said["chat"] != said["chat:tiny"], "the adapter changed nothing"
+    again = cluster.api("/v1/completions", {**ask, "model": "chat"}).json()["choices"][0]["text"]
+    assert again == said["chat"], "the adapter stayed with the model"
+
+
+def test_tokens_there_and_back(cluster: Cluster) -> None:
+    text = "the quick brown fox"
+    there = cluster.api("/tokenize", {"model": "chat", "prompt": text, "add_special_tokens": False})
+    assert there.status_code == 200, there.text
+    assert there.json()["count"] == len(there.json()["tokens"]) > 0
+    back = cluster.api("/detokenize", {"model": "chat", "tokens": there.json()["tokens"]})
+    assert back.json() == {"prompt": text}
+    chat = cluster.api("/tokenize", {"model": "chat", "messages": [{"role": "user", "content": text}]})
+    assert chat.json()["count"] > there.json()["count"], "the chat template adds the role"
+
+
+def test_bad_input_is_refused_in_words_and_leaves_nothing(cluster: Cluster) -> None:
+    _misuse(cluster)  # What is loaded with the first request of a kind stays.
+    before = bad_input.held(cluster)
+    _misuse(cluster)
+    deadline = time.monotonic() + 20
+    while more := {key: (before.get(key), now) for key, now in _held_more(cluster, before)}:
+        assert time.monotonic() < deadline, f"(before, after): {more}"
+        time.sleep(0.5)
+
+
+def _held_more(cluster: Cluster, before: dict[str, int]) -> list[tuple[str, int]]:
+    return [(key, now) for key, now in bad_input.held(cluster).items() if now > before.get(key, 0)]
+
+
+def _misuse(cluster: Cluster) -> None:
+    port = cluster.port_base + 5
+    for path, body, status, code in bad_input.REFUSED:
+        found, answer = bad_input.send(port, path, body)
+        assert (found, answer["error"]["code"]) == (status, code), (path, body, answer)
+        assert answer["error"].keys() == {"message", "type", "param", "code"}
+        assert answer["error"]["type"] == "invalid_request_error"
+        assert answer["error"]["message"]
+    status, answer = bad_input.too_large(port)
+    assert (status, answer["error"]["type"]) == (413, "invalid_request_error")
+    bad_input.slow_clients(port, lambda: _answered(cluster))
+    for _ in range(4):
+        bad_input.hang_up(port)
+    _answered(cluster)
+
+
+def _answered(cluster: Cluster) -> None:
+    answer = cluster.api("/v1/chat/completions", bad_input.ASK, headers={"Connection": "close"})
+    assert answer.status_code == 200, answer.text
 
 
 def test_who_hangs_up_is_forgotten_by_the_engine(cluster: Cluster) -> None:

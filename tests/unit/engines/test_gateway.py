@@ -33,7 +33,7 @@ from tests.unit.ray.builders import slot, spec
 
 ROOT = Path(__file__).parents[3]
 PORT = 23790
-OPTIONS = ServeOptions("127.0.0.1", PORT, drain_s=60.0)
+OPTIONS = ServeOptions("127.0.0.1", PORT, drain_s=60.0, max_body_mib=1)
 PROFILE = {
     "driver_version": "580.95.05",
     "context_mib": 10,
@@ -282,6 +282,17 @@ def test_refusals_are_openais(cluster: Cluster, path: str, body: Any, status: in
     assert (error["type"], error["code"]) == ("invalid_request_error", code)
     assert (error["param"] or "").partition(".")[0] == (param or "")
     assert error["message"]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["its length is told", "chunked"])
+def test_a_body_that_is_too_large_is_refused(cluster: Cluster, told: bool) -> None:
+    body = json.dumps({"model": "chat", "messages": MESSAGES, "user": "x" * (2 << 20)}).encode()
+    data: Any = body if told else iter([body[: 1 << 19], body[1 << 19 :]])
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(f"http://127.0.0.1:{PORT}{CHAT}", data=data, headers=headers, timeout=60)
+    assert answer.status_code == 413, answer.text
+    assert "larger than 1 MiB" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_full_berths_say_so_and_who_hangs_up_makes_room(cluster: Cluster) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from berth.plan.apps import Autoscaling
 from berth.plan.types import Berth
 from berth.ray.serve_config import (
     GATEWAY,
+    MAX_BODY_VARIABLE,
     ServeOptions,
     berth_app,
     berth_apps,
@@ -121,6 +123,11 @@ def test_the_gateway_has_its_table_where_a_change_restarts_nothing() -> None:
     assert (config["name"], config["route_prefix"], config["args"]) == (GATEWAY, "/", {})
     assert config["deployments"][0]["user_config"] == table
     assert actor(config) == {"num_cpus": 0.1, "label_selector": {"berth.role": "slot"}}
+
+
+def test_the_gateway_is_told_its_largest_body() -> None:
+    config = gateway_app({}, replace(OPTIONS, max_body_mib=8))
+    assert config["runtime_env"]["env_vars"][MAX_BODY_VARIABLE] == "8"
 
 
 def test_a_berths_queue_has_an_end_for_serve_and_for_the_gateway() -> None:
