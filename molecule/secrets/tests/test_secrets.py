@@ -105,7 +105,7 @@ def test_a_new_token(lab: Lab) -> None:
     lab.start("playbooks/rotate_secrets.yml", "-e", "rotate=token").ok()
     assert token("head01") != old
     assert len({token(host) for host in HOSTS}) == 1
-    assert (dashboard(old), dashboard(token("head01"))) == (401, 200)
+    assert (dashboard(old), dashboard(token("head01"))) == (403, 200)
     settled(lab)
 
 
