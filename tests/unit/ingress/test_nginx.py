@@ -314,7 +314,8 @@ def test_a_host_that_dies_under_load_loses_only_what_it_had_begun(site: Site, pr
         thread.join()
     broken = [status for status in found if status != 200]
     assert len(found) > 100
-    assert set(broken) <= {502}
+    # 503: a machine that is busy enough fails an answer of the other hosts too, and for a moment none is left to ask.
+    assert set(broken) <= {502, 503}
     assert len(broken) <= 4, "at most what was under way"
 
 
