@@ -116,7 +116,8 @@ def wanted_from(plan: Plan, params: dict) -> Wanted:
     apps = load_apps(params["apps"])
     capacity = {slot.name: slot.vram_mib * len(slot.gpu_uuids) for slot in plan.slots}
     prefix = {app.name: app.prefix_affinity for app in apps}
-    return Wanted(berth_apps(plan, apps, options), sorted(plan.deployments), capacity, options, prefix)
+    least = {app.name: app.min_available for app in apps if app.min_available is not None}
+    return Wanted(berth_apps(plan, apps, options), sorted(plan.deployments), capacity, options, prefix, least)
 
 
 def rehearsal(client: RayClient, wanted: Wanted) -> dict:

@@ -71,7 +71,8 @@ class AppSpec:
     beginning while that has at most so many outstanding requests per replica more than the least loaded; 0 is off.
     ``adapters``: LoRA adapters by name, each a directory; asked for as ``name:adapter``.
     ``fallback``: the engine in vLLM's place where vLLM cannot run the model or the machine; none, and the start fails.
-    With ``autoscaling``, ``replicas`` are the fewest.
+    With ``autoscaling``, ``replicas`` are the fewest. ``min_available`` replicas stay up while the model changes or
+    moves; without it at least half of its berths, where it has more than one.
     From ``priority`` on, the planner's words: see ``berth.plan.types.Deployment``.
     """
 
@@ -92,6 +93,7 @@ class AppSpec:
     prefix_affinity: float = 0.0
     adapters: dict[str, str] = field(default_factory=dict)
     autoscaling: Autoscaling | None = None
+    min_available: int | None = None
     fallback: Literal["", "transformers"] = ""
     engine_args: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
@@ -129,6 +131,7 @@ class AppSpec:
             pins=self.pins,
             priority=self.priority,
             load=self.load,
+            min_available=self.min_available,
         )
 
 
@@ -170,6 +173,13 @@ def _check(app: AppSpec, mend: str) -> None:
             raise BerthError(
                 f"app {app.name}: {key} is too small", found=getattr(app, key), allowed=f">= {low}", mend=mend
             )
+    if app.min_available is not None and not 0 <= app.min_available <= app.replicas:
+        raise BerthError(
+            f"app {app.name}: min_available is more than it has",
+            found=app.min_available,
+            allowed=f"0 to replicas ({app.replicas})",
+            mend=mend,
+        )
     for product, size in (app.given_mib or {}).items():
         if size < 1:
             raise BerthError(

@@ -202,7 +202,7 @@ def _progress(step: Step, live: Mapping[str, Live]) -> str:
 
 def _settled(live: Mapping[str, Live]) -> dict[str, Live]:
     return {
-        name: replace(app, status="RUNNING", running=10**6, stopping=0)
+        name: replace(app, status="RUNNING", running=most(app.config) if app.ours else 1, stopping=0)
         for name, app in live.items()
         if app.status != "DELETING" and app.config is not None
     }

@@ -8,6 +8,7 @@ a model's berths at once where it has more than one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -69,13 +70,15 @@ class Step:
 @dataclass(frozen=True)
 class Wanted:
     """The aim: berths by app name, the models served (with or without berths), each slot's VRAM in MiB, and the
-    models whose prompts' beginnings count in the gateway (``AppSpec.prefix_affinity``)."""
+    models whose prompts' beginnings count in the gateway (``AppSpec.prefix_affinity``), and the replicas of a model
+    that no step may go below (``AppSpec.min_available``)."""
 
     berths: Mapping[str, Config]
     models: Sequence[str]
     capacity_mib: Mapping[str, int]
     options: ServeOptions
     prefix_affinity: Mapping[str, float] = field(default_factory=dict)
+    min_available: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -185,6 +188,7 @@ def _switch_or_break(now: _Now) -> Step:
     if now.leaving:
         return Step("wait", f"{', '.join(now.leaving)} to drain and stop", waiting=tuple(now.leaving))
     if pending := now.pending():
+        _refuse_to_go_below(now)
         raise BerthError(
             f"no room for {', '.join(sorted(pending))} and nothing left to remove: "
             "the plan promises more than its slots have",
@@ -230,22 +234,45 @@ def _changes(now: _Now) -> dict[str, Config | None]:
     in_the_way = [name for name in ends if _slot(now.ours[name]) in blocked]
     choices = [[*finished, *_some(now, restarts)]]
     if not now.leaving:
-        choices += [_some(now, in_the_way), [*in_the_way, *restarts]]
+        free = [name for name in (*in_the_way, *restarts) if _model(now.ours[name]) not in now.wanted.min_available]
+        choices += [_some(now, in_the_way), free]
     return {name: berths.get(name) for name in next(filter(None, choices), [])}
 
 
 def _some(now: _Now, names: Iterable[str]) -> list[str]:
-    """Of each model at most half of the berths that are ready, so that one is left; and all that are not ready."""
-    chosen, taken = [], dict[str, int]()
+    """Of each model at most half of the berths that are ready, so that one is left, or as many as leave its
+    ``min_available`` replicas; and all that are not ready."""
+    chosen, taken = [], Counter[str]()
     for name in sorted(names):
         model = _model(now.ours[name])
-        ready = sum(1 for other, app in now.ours.items() if _model(app) == model and now.ready(other))
         if not now.ready(name):
             chosen.append(name)
-        elif taken.get(model, 0) < ready // 2:
+            continue
+        ready = [other for other, app in now.ours.items() if _model(app) == model and now.ready(other)]
+        least = now.wanted.min_available.get(model)
+        spare = len(ready) // 2 if least is None else sum(now.live[other].running for other in ready) - least
+        cost = 1 if least is None else now.live[name].running
+        if taken[model] + cost <= spare:
             chosen.append(name)
-            taken[model] = taken.get(model, 0) + 1
+            taken[model] += cost
     return chosen
+
+
+def _refuse_to_go_below(now: _Now) -> None:
+    """
+    Raises:
+        BerthError: what is left to change are berths of a model that has to keep more replicas up than the rest has.
+    """
+    stuck = {name for name in now.ours if name not in now.wanted.berths or now.change(name) != "same"}
+    models = {_model(now.ours[name]) for name in stuck} & now.wanted.min_available.keys()
+    for model in sorted(models):
+        ready = {name: now.live[name].running for name in sorted(now.ours) if _model(now.ours[name]) == model}
+        raise BerthError(
+            f"{model} cannot change: whichever of its berths goes, fewer than min_available replicas stay up",
+            found=", ".join(f"{count} on {name}" for name, count in ready.items()),
+            allowed=f"{now.wanted.min_available[model]} up at any time",
+            mend=f"lower min_available of {model} in serve_apps_list, or give it a replica on another slot (spread)",
+        )
 
 
 def _table(now: _Now, going: set[str] | None = None) -> dict[str, Any]:

@@ -37,6 +37,13 @@ def test_what_cannot_scale_is_refused(replicas: int, scaling: dict[str, Any], sa
         load_apps([app(replicas, **scaling)])
 
 
+@pytest.mark.parametrize("least", [-1, 3])
+def test_no_more_can_be_kept_up_than_there_are(least: int) -> None:
+    entry = {"name": "chat", "engine": "light", "replicas": 2, "vram_mib": 10_000, "min_available": least}
+    with pytest.raises(BerthError, match=rf"min_available is more than it has; found: {least}; allowed: 0 to replicas"):
+        load_apps([entry])
+
+
 @pytest.mark.parametrize("replicas", [0, 1, 3])
 def test_all_that_may_come_has_its_room_in_the_plan(replicas: int) -> None:
     (spec,) = load_apps([app(replicas, max_replicas=5)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -284,6 +285,49 @@ def test_new_arguments_restart_a_models_berths_one_half_after_the_other() -> Non
         "restart chat@gpu02-0, chat@gpu02-1",
     ]
     assert all(step.down == () for step in steps)
+    assert_is(serve, aim)
+
+
+def lowest(serve: FakeServe, aim: Wanted, model: str) -> int:
+    """The fewest replicas of ``model`` that the gateway could ask, over all ticks of the rollout."""
+    seen: list[int] = []
+    tick = serve.tick
+
+    def watched() -> None:
+        tick()
+        names = serve.table().get(model, [])
+        seen.append(sum(serve.apps[name].running for name in names if name in serve.apps))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "tick", watched)
+        drive(serve, aim)
+    return min(seen)
+
+
+@pytest.mark.parametrize(("least", "up"), [(None, 2), (0, 0), (1, 1), (2, 2), (3, 3)])
+def test_so_many_replicas_stay_up_in_every_step(least: int | None, up: int) -> None:
+    serve = running([app("chat", name) for name in SLOTS])
+    aim = wanted([app("chat", name, version=1) for name in SLOTS], CAPACITY)
+    aim = replace(aim, min_available={} if least is None else {"chat": least})
+    assert lowest(serve, aim, "chat") == up
+    assert_is(serve, aim)
+
+
+def test_a_change_that_cannot_keep_so_many_is_refused_and_nothing_goes() -> None:
+    serve = running([app("chat", "gpu01-0", 2), app("chat", "gpu01-1", 1)])
+    aim = wanted([app("chat", "gpu01-0", 2, version=1), app("chat", "gpu01-1", 1)], CAPACITY)
+    with pytest.raises(BerthError, match=r"chat cannot change: .*found: 2 on chat@gpu01-0, 1 on chat@gpu01-1; .*2 up"):
+        drive(serve, replace(aim, min_available={"chat": 2}))
+    assert serve.restarts == []
+    assert serve.served() == {"chat"}
+
+
+def test_a_move_on_full_gpus_keeps_so_many_too() -> None:
+    full = [app("chat", "gpu01-0", 1, 8_000), app("chat", "gpu01-1", 1, 8_000), app("code", "gpu02-0", 1, 8_000)]
+    serve = running(full)
+    swapped = [app("code", "gpu01-0", 1, 8_000), app("chat", "gpu01-1", 1, 8_000), app("chat", "gpu02-0", 1, 8_000)]
+    aim = wanted(swapped, CAPACITY)
+    assert lowest(serve, replace(aim, min_available={"chat": 1}), "chat") == 1
     assert_is(serve, aim)
 
 
