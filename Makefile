@@ -57,7 +57,7 @@ e2e: setup ## The main job on real Ray and the real engine, then the unit tests 
 
 molecule: setup ## One scenario on lab hosts: SCENARIO=default|driver|upgrade|faults|secrets|ingress|gpu
 	@$(MAKE) --no-print-directory wheelhouse ARGS= LOCKS="$(LOCKS) $(wildcard molecule/$(SCENARIO)/files/runtime-*.txt)"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule test --scenario-name $(SCENARIO) $(ARGS)
+	@molecule/shared/run.sh $(SCENARIO) $(ARGS)
 
 lab-engine: ## A Docker engine, where none answers (root, Debian or Ubuntu)
 	@molecule/shared/engine.sh
