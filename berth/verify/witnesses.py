@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-VARIABLE = "placement_witness"
-"""Where role placement notes what a host's driver said, by the host's name in the plan."""
+VARIABLE = "nvidia_driver_seen"
+"""Where role nvidia_driver registers what a host's driver said."""
 
 
 def witnesses(hosts: Iterable[str], variables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -16,5 +16,7 @@ def witnesses(hosts: Iterable[str], variables: Mapping[str, Mapping[str, Any]]) 
     """
     found: dict[str, Any] = {}
     for host in hosts:
-        found |= variables[host].get(VARIABLE, {str(host): "the host did not answer"})
+        said = variables[host].get(VARIABLE, {})
+        name = str(variables[host].get("placement_host_name", host))
+        found[name] = said.get("host_gpus", said.get("msg", "the host did not answer"))
     return found

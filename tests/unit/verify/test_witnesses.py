@@ -9,7 +9,10 @@ from tests.unit.ray.builders import plan, slot
 
 
 def test_a_host_that_fell_out_of_the_play_is_a_finding() -> None:
-    variables = {"gpu01": {VARIABLE: {"first": "driver away"}}, "gpu02": {"ansible_host": "192.0.2.1"}}
+    variables = {
+        "gpu01": {VARIABLE: {"msg": "driver away"}, "placement_host_name": "first"},
+        "gpu02": {"ansible_host": "192.0.2.1"},
+    }
     said = witnesses(["gpu01", "gpu02"], variables)
     assert said == {"first": "driver away", "gpu02": "the host did not answer"}
     report = verify(plan([slot("gpu02-0")], []), RayState(), said, "cluster")
