@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import Lab, name_of
-
-JOURNAL_LINES = 40
+from tests.lab import JOURNAL_LINES, Lab, name_of
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from testinfra.host import Host
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 LOG_CHARACTERS = 6000
+JOURNAL_LINES = 40
+"""Of each host, in the message of a test that failed."""
 READ_GPUS = """
 import json
 from berth.codec import dump
@@ -54,6 +56,18 @@ def on(host: str, *command: str) -> str:
     return docker("exec", container(host), *command)
 
 
+def journals() -> str:
+    """The ends of the journals of Berth's units, on every host that is up: for a failed test's message."""
+    command = ["journalctl", "--no-pager", f"--lines={JOURNAL_LINES}", "--unit=berth-*"]
+    parts = []
+    for host in ansible_inventory("--list")["_meta"]["hostvars"]:
+        done = subprocess.run(
+            ["docker", "exec", container(host), *command], capture_output=True, text=True, check=False
+        )
+        parts.append(f"--- journal of {host}\n{done.stdout}{done.stderr}")
+    return "\n".join(["", *parts])
+
+
 @dataclass
 class Run:
     """A playbook run that goes on in the background, its output in a file."""
@@ -72,7 +86,7 @@ class Run:
 
     def ok(self) -> Run:
         """Itself, when it ended well."""
-        assert self.rc == 0, self.output[-LOG_CHARACTERS:]
+        assert self.rc == 0, self.output[-LOG_CHARACTERS:] + journals()
         return self
 
     def wait_for(self, text: str, timeout_s: float = 240.0) -> None:

@@ -7,7 +7,10 @@ scenario=$1
 shift
 log=.berth/lab/molecule-$scenario.log
 mkdir -p "$(dirname "$log")"
-PATH="$PWD/.venv/bin:$PATH" molecule test --scenario-name "$scenario" "$@" 2>&1 | tee "$log" && exit 0
+# Wide enough that no line is broken in two.
+COLUMNS=220 PATH="$PWD/.venv/bin:$PATH" molecule test --scenario-name "$scenario" "$@" 2>&1 | tee "$log" && exit 0
 echo "molecule: what failed in scenario $scenario (its whole output: $log)"
-sed 's/\x1b\[[0-9;]*m//g' "$log" | grep -E '^(FAILED|ERROR) |^E  |fatal: |UNREACHABLE!|^CRITICAL' | cut -c 1-400 | tail -n 20
+plain() { sed 's/\x1b\[[0-9;]*m//g; s/^ *│ //' "$log" | cut -c 1-400; }
+plain | grep -E '^E  |fatal: |UNREACHABLE!' | tail -n 15
+plain | grep -E '^(FAILED|ERROR) [^ ]*::'
 exit 1

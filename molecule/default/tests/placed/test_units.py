@@ -25,7 +25,7 @@ def test_units_run_and_come_back_after_a_boot(host: Host, lab: Lab) -> None:
     for name in units_of(lab, host):
         found = unit(host, name)
         assert (found["ActiveState"], found["SubState"], found["UnitFileState"]) == ("active", "running", "enabled")
-        assert found["NRestarts"] in "01", "it may have waited for the head once, it does not flap"
+        assert int(found["NRestarts"]) <= 3, "on a busy machine it may have waited for the head, it does not flap"
         assert found["NeedDaemonReload"] == "no"
 
 
