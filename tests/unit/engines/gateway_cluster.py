@@ -1,7 +1,8 @@
 """A Ray of one node with Serve, run by the runtime's interpreter: does what its standard input says, line by line.
 
-``{"apps": [...]}`` sets Serve's apps and waits until they run; ``{"kill": "chat@a"}`` kills the process of one of that
-app's replicas; ``{"pids": "chat@a"}`` names them. Each answer is a line of JSON; Ray's own go with the driver.
+``{"apps": [...]}`` sets Serve's apps and waits until they run, ``{"put": [...]}`` does not wait; ``{"kill": "chat@a"}``
+kills the process of one of that app's replicas; ``{"pids": "chat@a"}`` names them; ``{"details": true}`` asks for
+Serve's own. Each answer is a line of JSON; Ray's own go with the driver.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def main(port: int, temp_dir: str) -> None:
         command = json.loads(line)
         if "apps" in command:
             say(deploy(client, command["apps"]))
+        elif "put" in command:
+            put(client, command["put"])
+            say({"put": len(command["put"])})
+        elif "details" in command:
+            say({"serve": client.get_serve_details()})
         else:
             found = pids(client, command.get("kill") or command["pids"])
             if "kill" in command:
@@ -50,9 +56,7 @@ def main(port: int, temp_dir: str) -> None:
 
 
 def deploy(client: Any, apps: list[dict[str, Any]]) -> dict[str, Any]:
-    from ray.serve.schema import ServeDeploySchema
-
-    client.deploy_apps(ServeDeploySchema(applications=apps))
+    put(client, apps)
     wanted = {app["name"] for app in apps}
     until = time.monotonic() + WAIT_S
     while time.monotonic() < until:
@@ -63,6 +67,12 @@ def deploy(client: Any, apps: list[dict[str, Any]]) -> dict[str, Any]:
             return {"running": sorted(found)}
         time.sleep(0.2)
     return {"error": {name: (app["status"], app["message"]) for name, app in found.items()}}
+
+
+def put(client: Any, apps: list[dict[str, Any]]) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    client.deploy_apps(ServeDeploySchema(applications=apps))
 
 
 def settled(name: str, found: dict[str, Any], apps: list[dict[str, Any]]) -> bool:
@@ -80,7 +90,7 @@ def pids(client: Any, app: str) -> list[int]:
 
 
 def say(what: dict[str, Any]) -> None:
-    print(json.dumps(what), flush=True)
+    print(json.dumps(what, default=str), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from berth.client import client
 from berth.gpu.sim import build
 from berth.plan.apps import Autoscaling
 from berth.plan.types import Berth
+from berth.ray.deploy import lives
+from berth.ray.rollout import Wanted, next_step
 from berth.ray.serve_config import ServeOptions, berth_app, gateway_app, gateway_table
 from tests.conftest import find_runtime
 from tests.unit.client import examples
@@ -363,6 +365,50 @@ def test_a_berth_leaves_the_table_and_goes_under_load_without_an_error(cluster: 
     assert load.failures == []
     assert health()["models"]["slow"] == ["slow@a", "slow@b"]
     wait(idle)
+
+
+def test_a_model_changes_under_load_without_an_error_and_with_so_many_replicas_up(cluster: Cluster) -> None:
+    """The rollout's own steps on a real Serve: every berth of the model gets other arguments."""
+    names = [f"roll@{place}" for place in "xyz"]
+    quick = {"tokens": 3, "token_s": 0.05, "start_s": 1}
+    old = {name: light("roll", name[-1], engine_args=quick) for name in names}
+    new = {name: light("roll", name[-1], engine_args={**quick, "tokens": 5}) for name in names}
+    others = [APPS[name] for name in sorted(APPS)]
+    models = sorted({app["args"]["model"] for app in APPS.values()} | {"roll"})
+    for berths in (others, [*others, *old.values()]):
+        # The gateway takes no berth into its table that is not there yet.
+        cluster.tell(apps=[*others, *old.values(), gateway_app(gateway_table(models, berths), OPTIONS)])
+    before = {name: cluster.tell(pids=name)["pids"] for name in names}
+    aim = Wanted({**APPS, **new}, models, {"local-0": 8_000}, OPTIONS, min_available={"roll": 2})
+    up: list[int] = []
+    steps: list[str] = []
+    wait(lambda: health()["models"]["roll"] == names)
+    # Several at once: the first request of every new replica waits some seconds for the import of vLLM's classes.
+    loads = [Load("roll") for _ in range(4)]
+    with ExitStack() as all_at_once:
+        for load in loads:
+            all_at_once.enter_context(load)
+        until = time.monotonic() + 120
+        while True:
+            live = lives(cluster.tell(details=True)["serve"])
+            up.append(sum(live[name].running for name in names if name in live))
+            step = next_step(live, aim)
+            if step.kind == "done":
+                break
+            if step.kind == "put":
+                steps.append(step.why)
+                assert "roll" not in step.down, step.why
+                cluster.tell(put=list(step.apps))
+            assert time.monotonic() < until, (step.why, steps)
+            time.sleep(0.5)
+    assert min(up) == 2, "it never changed a berth, or went below min_available"
+    assert [load.failures for load in loads] == [[], [], [], []]
+    assert sum(load.sent for load in loads) > 12
+    assert len(chat("roll").json()["choices"][0]["message"]["content"].split()) == 5
+    after = {name: cluster.tell(pids=name)["pids"] for name in names}
+    assert all(not set(before[name]) & set(after[name]) for name in names), "a berth kept its old arguments"
+    assert [step for step in steps if step.startswith("restart")] == [f"restart {name}" for name in names]
+    cluster.serve(set(APPS))
 
 
 def test_a_killed_replica_fails_only_what_had_begun_there(cluster: Cluster) -> None:
