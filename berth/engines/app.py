@@ -12,17 +12,21 @@ from typing import Any
 from ray import serve
 
 from berth.engines.replica import Replica
+from berth.engines.team import TeamNode
+from berth.ray.serve_config import node_name
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """One berth: an app with a single deployment named after its model.
+    """One berth: an app with a deployment named after its model, and one for each other slot of its ``team``.
 
     ``args``: ``model`` (the name users ask for), ``engine``, ``source`` (directory or hub id), ``engine_args``
     (vLLM's), ``gpus`` (how many the slot has), ``vram_mib`` (footprint per GPU), as berth.ray.serve_config writes them.
     Everything Ray needs to place it stands in the config's ``deployments`` entry, never here, so that a change of
     count restarts nothing.
     """
-    return serve.deployment(Replica, name=str(args["model"])).bind(args)
+    model = str(args["model"])
+    nodes = [serve.deployment(TeamNode, name=node_name(model, slot)).bind(args) for slot in args.get("team", ())[1:]]
+    return serve.deployment(Replica, name=model).bind(args, *nodes)
 
 
 def build_gateway(args: dict[str, Any]) -> serve.Application:

@@ -23,9 +23,18 @@ from vllm.usage.usage_lib import UsageContext
 
 from berth.engines.batches import Batches
 from berth.engines.fallback import NO_PLATFORM, CannotRun, cannot_run
+from berth.plan.apps import parallel_sizes
 
 RUNNERS = {"llm": "generate", "embedding": "pooling", "rerank": "pooling"}
 """vLLM's runner for each engine of the app list."""
+
+
+def engine_arguments(llm_config: LLMConfig) -> AsyncEngineArgs:
+    """vLLM's arguments of a model, with vLLM's own executor instead of Ray's."""
+    config = llm_config.get_engine_config()
+    kwargs = config.get_initialization_kwargs()
+    kwargs["distributed_executor_backend"] = "uni" if config.num_devices == 1 else "mp"
+    return AsyncEngineArgs(**_normalize_vllm_engine_kwargs(kwargs))
 
 
 class SlotEngine(VLLMEngine):  # type: ignore[misc]
@@ -40,9 +49,7 @@ class SlotEngine(VLLMEngine):  # type: ignore[misc]
         if current_platform.is_unspecified():
             raise CannotRun(NO_PLATFORM)
         config = self.llm_config.get_engine_config()
-        kwargs = config.get_initialization_kwargs()
-        kwargs["distributed_executor_backend"] = "uni" if config.num_devices == 1 else "mp"
-        args = AsyncEngineArgs(**_normalize_vllm_engine_kwargs(kwargs))
+        args = engine_arguments(self.llm_config)
         try:
             vllm_config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         except Exception as error:
@@ -92,21 +99,28 @@ class SlotServer(LLMServer):  # type: ignore[misc]
                 raise RuntimeError(f"{self._llm_config.model_id}: the warm-up request failed: {answer.error.message}")
 
 
-def slot_server(config: dict[str, Any]) -> SlotServer:
-    """The server of one replica, not yet started; ``config`` as in berth.engines.app.build."""
+def llm_config_of(config: Mapping[str, Any]) -> LLMConfig:
+    """ray.serve.llm's config of one engine; ``config`` as in berth.engines.app.build, with ``node`` (see
+    berth.engines.team) where the engine is one of several that make a replica."""
     engine_args = dict(config["engine_args"])
     engine_args["runner"] = RUNNERS[config["engine"]]
-    if config["gpus"] > 1:
-        engine_args["tensor_parallel_size"] = config["gpus"]
+    engine_args |= parallel_sizes(
+        config["gpus"], len(config.get("team", ())) or 1, config.get("across_slots", "pipeline")
+    )
+    engine_args |= config.get("node", {})
     if config.get("gpu_memory_utilization") is not None:
         engine_args["gpu_memory_utilization"] = config["gpu_memory_utilization"]
-    llm_config = LLMConfig(
+    return LLMConfig(
         model_loading_config={"model_id": config["model"], "model_source": config["source"]},
         # Not "no GPU": it keeps ray.serve.llm from asking Ray for devices that the replica already has.
         accelerator_config={"kind": "cpu"},
         engine_kwargs=engine_args,
         log_engine_metrics=True,
     )
-    server: SlotServer = SlotServer.sync_init(llm_config)
+
+
+def slot_server(config: dict[str, Any]) -> SlotServer:
+    """The server of one replica, not yet started; ``config`` as in berth.engines.app.build."""
+    server: SlotServer = SlotServer.sync_init(llm_config_of(config))
     server._adapters = dict(config.get("adapters", {}))
     return server

@@ -18,6 +18,7 @@ from berth.engines.fallback import ASKED_FOR, NOT_INSTALLED, CannotRun
 from berth.engines.gpu_lock import gpu_locks
 from berth.engines.log_handlers import handlers_kept
 from berth.engines.start_errors import Printed, explain, planned_of
+from berth.engines.team import Team
 from berth.errors import BerthError
 
 
@@ -28,8 +29,12 @@ class Replica:
     (vLLM profiles free memory at start).
     """
 
-    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: dict[str, Any], *nodes: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        """``nodes``: handles of the other slots' deployments, of a replica over several (berth.engines.team)."""
         begun = time.monotonic()
+        self._team = Team(config, nodes) if nodes else None
+        if self._team is not None:
+            config = {**config, "node": await self._team.gather()}
         self._server = _server(config)
         async with gpu_locks():
             try:
@@ -37,6 +42,12 @@ class Replica:
             except CannotRun as refused:
                 self._server = _instead(config, str(refused))
                 await _started(self._server, config)
+            except Exception as error:
+                if self._team is None or self._team.failed is None:
+                    raise
+                raise RuntimeError(self._team.failed) from error
+        if self._team is not None:
+            self._team.ready()
         _report_start(str(config["model"]), time.monotonic() - begun)
 
     async def about(self) -> AsyncIterator[dict[str, str]]:
@@ -62,6 +73,8 @@ class Replica:
         return await self._server.detokenize(request, raw_request_info)
 
     async def check_health(self) -> None:
+        if self._team is not None:
+            self._team.check()
         await self._server.check_health()
 
 

@@ -20,6 +20,12 @@ class SimGpuWorker(CPUWorker):  # type: ignore[misc]
         tensors = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.get_model().parameters()}
         allocator.allocate(sum(tensors.values()), self.local_rank)
 
+    def compile_or_warm_up_model(self) -> Any:
+        # Where nothing is compiled the CPU engine skips the run that gives a pipeline's later stages their buffers.
+        if self.parallel_config.pipeline_parallel_size > 1 and self.model_runner.intermediate_tensors is None:
+            self.model_runner.profile_run()
+        return super().compile_or_warm_up_model()
+
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         # The driver refuses before the memory is touched, as on a real card.
         allocator.allocate(sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors), self.local_rank)

@@ -8,29 +8,23 @@ GPU have one life (docs/decisions/0025).
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
-import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from berth.engines.answers import in_kind, plain
+from berth.engines.child import TAIL_CHARACTERS, Child
 from berth.engines.errors import ApiError
 
 MODULE = "vllm.entrypoints.openai.api_server"
-PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
 POLL_S = 0.5
 STOP_S = 20.0
-TAIL_CHARACTERS = 2000
 
 
 def command(config: Mapping[str, Any], socket: Path) -> list[str]:
@@ -74,7 +68,7 @@ class ExternalServer:
         self._directory = Path(tempfile.mkdtemp(prefix="berth-"))
         self._socket = self._directory / "s"
         self._words = command(config, self._socket) if words is None else [*words, str(self._socket)]
-        self._process: asyncio.subprocess.Process | None = None
+        self._child = Child(self._directory / "log")
         self._session: httpx.AsyncClient | None = None
 
     async def start(self) -> None:
@@ -83,45 +77,22 @@ class ExternalServer:
         Raises:
             RuntimeError: it ended instead; with the end of what it said.
         """
-        log = self._directory / "log"
-        parent = os.getpid()
-
-        def die_with_the_replica() -> None:
-            # A replica that is killed cannot stop its server; the kernel does.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)
-
-        with log.open("wb") as out:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._words,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                # A group of its own: its engine's processes can be ended even when it no longer can end them.
-                start_new_session=True,
-                preexec_fn=die_with_the_replica,
-            )
+        await self._child.start(self._words)
         # The gateway and Serve limit how many there are and how long they take.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         transport = httpx.AsyncHTTPTransport(uds=str(self._socket), limits=limits)
         self._session = httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=None)
         while not await self._healthy():
-            if self._process.returncode is not None:
-                self._end_group()
-                said = log.read_text(encoding="utf-8", errors="replace")[-TAIL_CHARACTERS:]
-                raise RuntimeError(f"the vLLM server of {self._model} ended with {self._process.returncode}: {said}")
+            if (code := self._child.returncode) is not None:
+                self._child.kill()
+                raise RuntimeError(f"the vLLM server of {self._model} ended with {code}: {self._child.tail()}")
             await asyncio.sleep(POLL_S)
 
     async def stop(self) -> None:
         """End the server, kindly first."""
         if self._session is not None:
             await self._session.aclose()
-        if self._process is not None and self._process.returncode is None:
-            self._process.terminate()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), STOP_S)
-        self._end_group()
+        await self._child.stop(STOP_S)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def check_health(self) -> None:
@@ -130,8 +101,8 @@ class ExternalServer:
             RuntimeError: the server is gone or says that its engine is; what is left of it is ended.
         """
         if not await self._healthy():
-            code = self._process.returncode if self._process else None
-            self._end_group()
+            code = self._child.returncode
+            self._child.kill()
             raise RuntimeError(f"the vLLM server of {self._model} does not answer (exit code {code})")
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
@@ -145,11 +116,6 @@ class ExternalServer:
 
     async def detokenize(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
         return self._ask("/detokenize", request, "DetokenizeResponse")
-
-    def _end_group(self) -> None:
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _healthy(self) -> bool:
         assert self._session is not None

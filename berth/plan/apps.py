@@ -17,8 +17,12 @@ NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 OWNED_ENGINE_ARGS = {
     "gpu_memory_utilization": "vram_mib (Berth sets it from the footprint)",
     "tensor_parallel_size": "gpus_per_replica",
-    "pipeline_parallel_size": "gpus_per_replica",
-    "data_parallel_size": "replicas",
+    "pipeline_parallel_size": "slots_per_replica",
+    "nnodes": "slots_per_replica",
+    "node_rank": "slots_per_replica (the plan orders the slots)",
+    "master_addr": "slots_per_replica (the plan names the first slot)",
+    "master_port": "nothing: the replica finds a free one",
+    "data_parallel_size": "replicas, or slots_per_replica with across_slots: data",
     "num_gpu_blocks_override": "concurrency, or engine_args.kv_cache_memory_bytes",
     "distributed_executor_backend": "nothing: inside a slot vLLM uses its own executor",
     "model": "model",
@@ -38,6 +42,21 @@ TRANSFORMERS_ARGS = (
     "trust_remote_code",
 )
 """Engine arguments that the transformers engine has."""
+
+
+AcrossSlots = Literal["pipeline", "tensor", "data"]
+
+
+def parallel_sizes(gpus_per_slot: int, slots: int, across: AcrossSlots = "pipeline") -> dict[str, int]:
+    """vLLM's parallel sizes, those that are not 1: tensor parallel within a slot; over several slots a stage of the
+    pipeline each, or (``across`` "tensor") one tensor parallel group over all of their GPUs, or ("data") a rank of its
+    own each, with experts over all of them where ``enable_expert_parallel`` is set."""
+    sizes = {
+        "tensor_parallel_size": gpus_per_slot * (slots if across == "tensor" else 1),
+        "pipeline_parallel_size": slots if across == "pipeline" else 1,
+        "data_parallel_size": slots if across == "data" else 1,
+    }
+    return {name: size for name, size in sizes.items() if size > 1}
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,9 @@ class AppSpec:
     ``fallback``: the engine in vLLM's place where vLLM cannot run the model or the machine; none, and the start fails.
     With ``autoscaling``, ``replicas`` are the fewest. ``min_available`` replicas stay up while the model changes or
     moves; without it at least half of its berths, where it has more than one.
+    A model larger than a host takes ``slots_per_replica`` slots of ``gpus_per_replica`` GPUs each; ``across_slots``
+    says how vLLM spreads it: a stage of the pipeline on each slot, one tensor parallel group over all their GPUs, or a
+    data parallel rank on each (with ``engine_args.enable_expert_parallel``, a mixture's experts over all GPUs).
     From ``priority`` on, the planner's words: see ``berth.plan.types.Deployment``.
     """
 
@@ -105,6 +127,8 @@ class AppSpec:
     affinity: tuple[Affinity, ...] = ()
     anti_affinity: tuple[Affinity, ...] = ()
     load: float = 1.0
+    slots_per_replica: int = 1
+    across_slots: AcrossSlots = "pipeline"
 
     @property
     def given_mib(self) -> dict[str, int] | None:
@@ -121,7 +145,9 @@ class AppSpec:
             vram_mib=dict(self.given_mib or vram_mib or {}),
             gpus_per_replica=self.gpus_per_replica,
             max_replicas=self.autoscaling.max_replicas if self.autoscaling else None,
-            strategy=self.strategy,
+            slots_per_replica=self.slots_per_replica,
+            # Its parts talk at every token.
+            strategy="pack" if self.slots_per_replica > 1 else self.strategy,
             products=self.products,
             min_compute_capability=self.min_compute_capability,
             require_nvlink=self.require_nvlink,
@@ -163,6 +189,7 @@ def _check(app: AppSpec, mend: str) -> None:
     lowest = {
         "replicas": 0,
         "gpus_per_replica": 1,
+        "slots_per_replica": 1,
         "max_ongoing_requests": 1,
         "max_queued_requests": 0,
         "prefix_affinity": 0,
@@ -204,6 +231,7 @@ def _check(app: AppSpec, mend: str) -> None:
         )
     _check_adapters(app, mend)
     _check_autoscaling(app, mend)
+    _check_team(app, mend)
     _check_transformers(app, mend)
     _check_engine_args(app)
 
@@ -270,6 +298,24 @@ def _check_autoscaling(app: AppSpec, mend: str) -> None:
     for key in ("upscale_delay_s", "downscale_delay_s", "look_back_period_s"):
         if (value := getattr(app.autoscaling, key)) < 0 or (key == "look_back_period_s" and not value):
             raise BerthError(f"app {app.name}: autoscaling.{key} is no time", found=value, allowed=">= 0", mend=mend)
+
+
+def _check_team(app: AppSpec, mend: str) -> None:
+    if app.slots_per_replica == 1:
+        return
+    for key, found, allowed in (
+        ("engine", app.engine, ("llm", "light")),
+        ("strategy", app.strategy, (None, "pack")),
+        ("autoscaling", app.autoscaling and "set", (None,)),
+        ("fallback", app.fallback, ("",)),
+    ):
+        if found not in allowed:
+            raise BerthError(
+                f"app {app.name}: {key} is not for a model over {app.slots_per_replica} slots",
+                found=found,
+                allowed=", ".join(item or "not set" for item in allowed),
+                mend=mend,
+            )
 
 
 def _check_engine_args(app: AppSpec) -> None:

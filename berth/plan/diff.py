@@ -9,14 +9,17 @@ from typing import Literal
 from berth.plan.slots import natural
 from berth.plan.types import Berth, Deployment, Plan, StrategyName
 
-ChangeKind = Literal["start", "scale", "resize", "stop"]
+ChangeKind = Literal["start", "scale", "resize", "regroup", "stop"]
 # Starts before stops: on a flip, the new place is serving before the old one goes.
-_ORDER: tuple[ChangeKind, ...] = ("start", "scale", "resize", "stop")
+_ORDER: tuple[ChangeKind, ...] = ("start", "scale", "resize", "regroup", "stop")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One berth that differs: replica counts before and after, footprint per GPU in MiB before and after."""
+    """One berth that differs: replica counts before and after, footprint per GPU in MiB before and after.
+
+    ``team``: the slots of the replica that it is now a part of.
+    """
 
     kind: ChangeKind
     berth: str
@@ -24,6 +27,7 @@ class Change:
     after: int
     vram_mib_before: int
     vram_mib: int
+    team: tuple[str, ...] = ()
 
 
 def diff_plans(old: Plan | None, new: Plan) -> tuple[Change, ...]:
@@ -39,11 +43,13 @@ def _change(name: str, old: Berth | None, new: Berth | None) -> Change | None:
     before, after = (old.replicas if old else 0), (new.replicas if new else 0)
     was, now = (old.vram_mib if old else 0), (new.vram_mib if new else 0)
     if old is None:
-        return Change("start", name, before, after, now, now)
+        return Change("start", name, before, after, now, now, new.team if new else ())
     if new is None:
         return Change("stop", name, before, after, was, was)
     if was != now:
-        return Change("resize", name, before, after, was, now)
+        return Change("resize", name, before, after, was, now, new.team)
+    if old.team != new.team:
+        return Change("regroup", name, before, after, now, now, new.team)
     return Change("scale", name, before, after, now, now) if before != after else None
 
 
@@ -69,11 +75,15 @@ def _line(change: Change) -> str:
         verb = "keep room at" if change.kind == "start" else "give up the room at"
         return f"{verb} {change.berth}: {change.vram_mib} MiB for each replica to come"
     if change.kind == "start":
-        return f"start {change.berth}: {_count(change.after)} of {change.vram_mib} MiB"
+        part = f", part of a replica over {', '.join(change.team)}" if change.team else ""
+        return f"start {change.berth}: {_count(change.after)} of {change.vram_mib} MiB{part}"
     if change.kind == "stop":
         return f"stop {change.berth}: {_count(change.before)} of {change.vram_mib} MiB"
     if change.kind == "scale":
         return f"scale {change.berth}: {change.before} -> {_count(change.after)} of {change.vram_mib} MiB"
+    if change.kind == "regroup":
+        team = f"part of a replica over {', '.join(change.team)}" if change.team else "a replica of its own"
+        return f"regroup {change.berth}: now {team} (which restarts)"
     counts = f", {change.before} -> {_count(change.after)}" if change.before != change.after else ""
     return f"resize {change.berth}: {change.vram_mib_before} -> {change.vram_mib} MiB{counts} (its replicas restart)"
 
@@ -87,6 +97,10 @@ def _counts(berth: Berth) -> str:
     return f"{berth.replicas} to {most}" if berth.reserved else most
 
 
+def _team(berth: Berth) -> str:
+    return f", part of one over {', '.join(berth.team)}" if berth.team else ""
+
+
 def plan_text(plan: Plan | None) -> str:
     """The plan as lines to compare by eye: every slot, what it is promised, and what stands on it."""
     if plan is None:
@@ -98,7 +112,7 @@ def plan_text(plan: Plan | None) -> str:
         foreign = f", {slot.foreign_mib} foreign" if slot.foreign_mib else ""
         gpus = " + ".join(slot.gpu_uuids)
         lines.append(f"{slot.name} {slot.product} {gpus}: {promised} of {slot.vram_mib} MiB promised{foreign}")
-        lines += [f"  {berth.name}: {_counts(berth)} of {berth.vram_mib} MiB" for berth in here]
+        lines += [f"  {berth.name}: {_counts(berth)} of {berth.vram_mib} MiB{_team(berth)}" for berth in here]
     lines += [f"unplaced {item.deployment}: {_count(item.replicas)}: {item.reason}" for item in plan.unplaced]
     return "\n".join(lines) + "\n"
 

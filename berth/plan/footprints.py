@@ -18,7 +18,7 @@ from berth.footprint.engine_args import read_engine_args
 from berth.footprint.measured import Measured
 from berth.footprint.predict import ENGINE_VERSION, estimate
 from berth.footprint.types import EngineArgs, Footprint
-from berth.plan.apps import AppSpec
+from berth.plan.apps import AppSpec, parallel_sizes
 from berth.plan.slots import HostInput
 from berth.plan.types import Plan, PlannedFootprint, Slot
 
@@ -157,7 +157,7 @@ def read_source(app: AppSpec) -> Source:
         raise BerthError(f"app {app.name}: {file} is not a model's config.json", found=type(config).__name__, mend=mend)
     arguments = {
         **app.engine_args,
-        "tensor_parallel_size": app.gpus_per_replica,
+        **parallel_sizes(app.gpus_per_replica, app.slots_per_replica, app.across_slots),
         "runner": RUNNERS.get(app.engine, "generate"),
         "concurrency": app.concurrency,
         # It captures no graphs.

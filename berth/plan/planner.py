@@ -17,7 +17,8 @@ weights. In their order (docs/decisions/0013-planner-objectives.md has the why):
        fewest GPUs. strict_pack puts all replicas of a deployment on one host or leaves all of them out.
 
 Hard rules hold in every plan: never more than ``free_mib``, footprint of the product, products, compute capability,
-NVLink, pins, cordons, affinity, anti-affinity, teams on one host, room that is reserved.
+NVLink, pins, cordons, affinity, anti-affinity, teams on one host, room that is reserved. Replicas over several slots
+are planned part by part and put together afterwards (berth/plan/teams.py).
 
 How (``berth/plan/solver``): what stands is kept; several greedy plans are made; packed deployments without rules of
 their own are packed anew by column generation over patterns, whose prices prove the lower bound; fleets of at most
@@ -41,6 +42,7 @@ from berth.plan.solver.search import Effort, Found, find
 from berth.plan.solver.standing import Standing, keep
 from berth.plan.solver.state import State, domains_of, open_slots
 from berth.plan.solver.words import to_plan
+from berth.plan.teams import solve_teams
 from berth.plan.types import STRATEGIES, Deployment, Plan, Slot, Solution, StrategyName, Summary
 
 
@@ -93,6 +95,13 @@ def solve(
         BerthError: for an unknown strategy, two slots or deployments of one name, or a number that means nothing.
     """
     options = options or Options()
+    if any(item.slots_per_replica > 1 for item in deployments):
+        return solve_teams(
+            slots,
+            deployments,
+            previous,
+            lambda parts, before: solve(slots, parts, strategy, before, retired, options=options),
+        )
     problem = build_problem(slots, deployments, check_strategy(strategy), previous, options.regroup)
     found, standing = _find(problem, options)
     bounded = problem.before is not None and options.max_moves is not None

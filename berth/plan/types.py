@@ -74,6 +74,7 @@ class Deployment:
     (every one when None; for `strict_spread` the domain of which no two replicas share one, "gpu" when None).
     Of what does not fit, the lowest ``priority`` is left out first. ``load`` is the expected load of one replica on its
     GPU, in any unit, for `balanced`. ``min_available`` replicas stay up during a migration (all but one when None).
+    A replica on several hosts takes ``slots_per_replica`` slots of ``gpus_per_replica`` GPUs each, all of one product.
     """
 
     __pydantic_config__ = STRICT
@@ -95,6 +96,7 @@ class Deployment:
     priority: int = 0
     load: float = 1.0
     min_available: int | None = None
+    slots_per_replica: int = 1
 
     def footprint_mib(self, product: str) -> int | None:
         """MiB per GPU on ``product``, or None when the model may not run there."""
@@ -108,6 +110,7 @@ class Berth:
     """One model's place on one slot: ``replicas`` of them, each taking ``vram_mib`` on each GPU of the slot.
 
     ``reserved`` more may come there (autoscaling, pools) and have their room already; a berth may be nothing but room.
+    A replica over several slots has a berth on each: ``team`` names them all, in the order of its engine's nodes.
     """
 
     __pydantic_config__ = STRICT
@@ -117,11 +120,22 @@ class Berth:
     vram_mib: int
     reason: str
     reserved: int = 0
+    team: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The stable name of the Serve app: ``chat@gpu01-0``."""
+        """The stable name of the berth: ``chat@gpu01-0``."""
         return f"{self.deployment}@{self.slot}"
+
+    @property
+    def app(self) -> str:
+        """The name of its Serve app: the berth's own, or that of its team's first slot, which has the API."""
+        return f"{self.deployment}@{self.team[0]}" if self.team else self.name
+
+    @property
+    def leads(self) -> bool:
+        """Whether its replicas are counted here: not at the other slots of a team."""
+        return self.app == self.name
 
 
 @dataclass(frozen=True)

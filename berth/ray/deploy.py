@@ -11,7 +11,7 @@ from berth.errors import BerthError, CouldNotTell
 from berth.plan.types import Plan
 from berth.ray.client import RayClient, TokenRefused
 from berth.ray.rollout import Live, Step, Wanted, next_step
-from berth.ray.serve_config import fewest, most
+from berth.ray.serve_config import fewest, most, needs, slots_of
 from berth.ray.state import parse_state
 from berth.ray.types import RayState
 
@@ -43,10 +43,18 @@ def lives(serve: Mapping[str, Any]) -> dict[str, Live]:
             name=name,
             status=str(app.get("status")),
             message=gist("\n".join(dict.fromkeys(filter(None, messages)))),
-            running=sum(1 for replica in replicas if replica.get("state") == "RUNNING"),
+            # A replica over several slots has a deployment on each, and runs when all of its parts do.
+            running=min(
+                (
+                    sum(1 for replica in item.get("replicas") or [] if replica.get("state") == "RUNNING")
+                    for item in deployments
+                ),
+                default=0,
+            ),
             stopping=sum(1 for replica in replicas if replica.get("state") == "STOPPING"),
             config=app.get("deployed_app_config"),
             route=app.get("route_prefix"),
+            slots=slots_of(name, (str(item["name"]) for item in deployments)),
         )
     return found
 
@@ -130,14 +138,12 @@ def check_feasible(plan: Plan, wanted: Wanted, state: RayState) -> None:
     nodes = {node.slot: node for node in state.nodes if node.alive and node.slot}
     asked: dict[str, dict[str, float]] = {}
     for app in wanted.berths.values():
-        deployment = app["deployments"][0]
-        actor = deployment["ray_actor_options"]
-        total = asked.setdefault(actor["label_selector"]["berth.slot"], {})
-        needs = {"VRAM_MB": actor["resources"]["VRAM_MB"], "GPU": actor["num_gpus"], "CPU": actor["num_cpus"]}
-        for key, need in needs.items():
-            total[key] = total.get(key, 0) + need * most(app)
-    for slot, needs in sorted(asked.items()):
-        for key, need in sorted(needs.items()):
+        for slot, wants in needs(app).items():
+            total = asked.setdefault(slot, {})
+            for key, need in wants.items():
+                total[key] = total.get(key, 0) + need
+    for slot, total in sorted(asked.items()):
+        for key, need in sorted(total.items()):
             has = nodes[slot].resources.get(key, 0.0)
             if need > has + 1e-6:
                 raise BerthError(

@@ -23,6 +23,7 @@ from berth.ray.serve_config import (
     gateway_app,
     gateway_table,
     most,
+    needs,
 )
 
 Config = Mapping[str, Any]
@@ -34,7 +35,8 @@ class Live:
     """One app as Serve has it.
 
     ``config`` is None once Serve forgot it (an app that is being deleted) and for apps that were not deployed through
-    REST, which a PUT leaves alone. ``stopping`` counts replicas that drain and still hold their memory.
+    REST, which a PUT leaves alone. ``stopping`` counts replicas that drain and still hold their memory; ``slots`` are
+    those that it may hold memory on.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Live:
     stopping: int = 0
     config: Config | None = None
     route: str | None = None
+    slots: tuple[str, ...] = ()
 
     @property
     def ours(self) -> bool:
@@ -205,18 +208,22 @@ def _fitting(now: _Now) -> dict[str, Config]:
     capacity = now.wanted.capacity_mib
     used: dict[str, int] = dict.fromkeys(capacity, 0)
     for app in now.ours.values():
-        used[_slot(app)] = used.get(_slot(app), 0) + _vram(app)
+        for slot, mib in _vram(app).items():
+            used[slot] = used.get(slot, 0) + mib
     for name in now.leaving:
-        slot = name.rpartition("@")[2]
-        used[slot] = used.get(slot, 0) + capacity.get(slot, 0)
+        for slot in now.live[name].slots or (name.rpartition("@")[2],):
+            used[slot] = used.get(slot, 0) + capacity.get(slot, 0)
     fitting = {}
     berths = now.wanted.berths
-    for name in sorted(now.pending(), key=lambda name: (now.change(name) == "restart", -_vram(berths[name]), name)):
+    order = {name: (now.change(name) == "restart", -sum(_vram(berths[name]).values()), name) for name in now.pending()}
+    for name in sorted(order, key=lambda name: order[name]):
         app, present = berths[name], now.ours.get(name)
-        extra = _vram(app) - (_vram(present) if present else 0)
-        if used.get(_slot(app), 0) + extra <= capacity.get(_slot(app), 0):
+        held = _vram(present) if present else {}
+        extra = {slot: mib - held.get(slot, 0) for slot, mib in _vram(app).items()}
+        if all(used.get(slot, 0) + mib <= capacity.get(slot, 0) for slot, mib in extra.items()):
             fitting[name] = app
-            used[_slot(app)] = used.get(_slot(app), 0) + max(0, extra)
+            for slot, mib in extra.items():
+                used[slot] = used.get(slot, 0) + max(0, mib)
     return fitting
 
 
@@ -228,15 +235,22 @@ def _changes(now: _Now) -> dict[str, Config | None]:
     """
     berths, pending, restarts = now.wanted.berths, now.pending(), _fitting(now)
     unfinished = {_model(berths[name]) for name in pending}
-    blocked = {_slot(berths[name]) for name in pending if name not in restarts}
+    blocked = {slot for name in pending if name not in restarts for slot in _vram(berths[name])}
     ends = [name for name in now.ours if name not in berths or now.change(name) == "shrink"]
     finished = [name for name in ends if _model(now.ours[name]) not in unfinished]
-    in_the_way = [name for name in ends if _slot(now.ours[name]) in blocked]
+    in_the_way = [name for name in ends if blocked & _vram(now.ours[name]).keys()]
     choices = [[*finished, *_some(now, restarts)]]
     if not now.leaving:
         free = [name for name in (*in_the_way, *restarts) if _model(now.ours[name]) not in now.wanted.min_available]
         choices += [_some(now, in_the_way), free]
-    return {name: berths.get(name) for name in next(filter(None, choices), [])}
+    return {name: _in_place(now, name) for name in next(filter(None, choices), [])}
+
+
+def _in_place(now: _Now, name: str) -> Config | None:
+    """Its new config; None when it has to go first: what a part of it holds on a slot that it leaves is Serve's to tell
+    only while the app is being deleted."""
+    target = now.wanted.berths.get(name)
+    return target if target is None or _vram(target).keys() == _vram(now.ours[name]).keys() else None
 
 
 def _some(now: _Now, names: Iterable[str]) -> list[str]:
@@ -339,13 +353,16 @@ def _change(present: Config | None, target: Config) -> Change:
 def _essence(app: Config) -> dict[str, Any]:
     """The parts of an app's config that Berth decides; Serve adds defaults of its own around them."""
     deployment = app["deployments"][0]
-    actor = deployment.get("ray_actor_options") or {}
     return {
         "import_path": app.get("import_path"),
         "route_prefix": app.get("route_prefix"),
         "args": app.get("args") or {},
         "env": (app.get("runtime_env") or {}).get("env_vars") or {},
-        "actor": {key: actor.get(key) for key in ("num_cpus", "num_gpus", "resources", "label_selector")},
+        "actor": [
+            {key: actor.get(key) for key in ("num_cpus", "num_gpus", "resources", "label_selector")}
+            for item in app["deployments"]
+            for actor in [item.get("ray_actor_options") or {}]
+        ],
         **{
             key: deployment.get(key)
             for key in (
@@ -366,9 +383,6 @@ def _model(app: Config) -> str:
     return str(app["args"]["model"])
 
 
-def _slot(app: Config) -> str:
-    return str(app["deployments"][0]["ray_actor_options"]["label_selector"]["berth.slot"])
-
-
-def _vram(app: Config) -> int:
-    return int(app["deployments"][0]["ray_actor_options"]["resources"]["VRAM_MB"]) * most(app)
+def _vram(app: Config) -> dict[str, int]:
+    """MiB that it may take on each slot."""
+    return {slot: int(asked["VRAM_MB"]) for slot, asked in needs(app).items()}

@@ -25,6 +25,8 @@ GATEWAY_ENV = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
 MAX_BODY_VARIABLE = "BERTH_GATEWAY_MAX_BODY_MIB"
+NODE_PATIENCE_S = 30.0
+"""How much longer than the replica that leads a node of its team may take to stop: it stops after it."""
 SHARED_GPU = 0.01
 """Share of Ray's GPU that a replica on a shared slot asks for: a token, so that Ray sets its devices; VRAM_MB binds."""
 
@@ -43,10 +45,31 @@ class ServeOptions:
     max_body_mib: int = 64
 
 
+NODE = "~"
+"""Between a model's name and a slot's, in the name of the deployment of a slot that does not lead its team."""
+
+
+def node_name(model: str, slot: str) -> str:
+    """The deployment of ``model`` on a slot that does not lead its team."""
+    return f"{model}{NODE}{slot}"
+
+
+def slots_of(app: str, deployments: Iterable[str]) -> tuple[str, ...]:
+    """The slots of an app of ours, from its name and its deployments' names."""
+    first = app.rpartition("@")[2]
+    return (first, *(name.partition(NODE)[2] for name in deployments if NODE in name))
+
+
 def berth_app(
-    spec: AppSpec, berth: Berth, slot: Slot, options: ServeOptions, footprint: PlannedFootprint | None = None
+    spec: AppSpec,
+    berth: Berth,
+    slot: Slot,
+    options: ServeOptions,
+    footprint: PlannedFootprint | None = None,
+    team: Sequence[Slot] = (),
 ) -> dict[str, Any]:
-    """The Serve app of one berth; ``footprint`` is its predicted one, whose KV budget is then set.
+    """The Serve app of one berth; ``footprint`` is its predicted one, whose KV budget is then set. ``team`` are all
+    slots of a replica that is over several, ``slot`` the first of them.
 
     Counts stand in ``deployments`` only: a change of ``args`` restarts replicas, a change of ``num_replicas`` does not
     (Ray 2.60, serve/_private/version.py).
@@ -54,6 +77,8 @@ def berth_app(
     gpus = len(slot.gpu_uuids)
     env = {**options.env, **spec.env}
     budget = footprint.kv_cache_memory_bytes if footprint else None
+    # Cards of one product may differ by some MiB; each of a team's keeps within the footprint.
+    largest = max(item.total_mib for item in team or (slot,))
     return {
         "name": berth.name,
         "route_prefix": None,
@@ -66,9 +91,10 @@ def berth_app(
             "gpus": gpus,
             "vram_mib": berth.vram_mib,
             # vLLM checks total x utilization against what is free, even when the KV budget is given in bytes.
-            "gpu_memory_utilization": math.floor(10_000 * berth.vram_mib / slot.total_mib) / 10_000,
+            "gpu_memory_utilization": math.floor(10_000 * berth.vram_mib / largest) / 10_000,
             **({"adapters": dict(spec.adapters)} if spec.adapters else {}),
             **({"fallback": spec.fallback} if spec.fallback else {}),
+            **({"team": [item.name for item in team], "across_slots": spec.across_slots} if team else {}),
         },
         "runtime_env": {"env_vars": env} if env else {},
         "deployments": [
@@ -82,15 +108,42 @@ def berth_app(
                     1, (berth.replicas + berth.reserved) * spec.max_ongoing_requests + spec.max_queued_requests
                 ),
                 "graceful_shutdown_timeout_s": options.drain_s,
-                "ray_actor_options": {
-                    "num_cpus": spec.num_cpus,
-                    "num_gpus": SHARED_GPU if gpus == 1 else gpus,
-                    "resources": {"VRAM_MB": berth.vram_mib * gpus},
-                    "label_selector": {"berth.slot": slot.name},
-                },
-            }
+                "ray_actor_options": _actor(spec, berth, slot),
+            },
+            *(_node(spec, berth, item, options) for item in team[1:]),
         ],
     }
+
+
+def _node(spec: AppSpec, berth: Berth, slot: Slot, options: ServeOptions) -> dict[str, Any]:
+    return {
+        "name": node_name(spec.name, slot.name),
+        "num_replicas": 1,
+        # The replica that leads keeps one request open; another is there while one that ended is not yet noticed.
+        "max_ongoing_requests": 8,
+        "graceful_shutdown_timeout_s": options.drain_s + NODE_PATIENCE_S,
+        "ray_actor_options": _actor(spec, berth, slot),
+    }
+
+
+def _actor(spec: AppSpec, berth: Berth, slot: Slot) -> dict[str, Any]:
+    gpus = len(slot.gpu_uuids)
+    return {
+        "num_cpus": spec.num_cpus,
+        "num_gpus": SHARED_GPU if gpus == 1 else gpus,
+        "resources": {"VRAM_MB": berth.vram_mib * gpus},
+        "label_selector": {"berth.slot": slot.name},
+    }
+
+
+def needs(app: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What an app asks Ray for on each slot, with all the replicas that Serve may make of it."""
+    found: dict[str, dict[str, float]] = {}
+    for deployment in app["deployments"]:
+        actor, count = deployment["ray_actor_options"], most({"deployments": [deployment]})
+        here = {"VRAM_MB": actor["resources"]["VRAM_MB"], "GPU": actor["num_gpus"], "CPU": actor["num_cpus"]}
+        found[actor["label_selector"]["berth.slot"]] = {key: value * count for key, value in here.items()}
+    return found
 
 
 def _scale(spec: AppSpec, berth: Berth) -> dict[str, Any]:
@@ -190,6 +243,8 @@ def berth_apps(plan: Plan, specs: Sequence[AppSpec], options: ServeOptions) -> d
     slots = {slot.name: slot for slot in plan.slots}
     apps = {}
     for berth in plan.berths:
+        if not berth.leads:
+            continue
         if berth.deployment not in by_name:
             raise BerthError(
                 f"the plan places {berth.deployment}, which the app list does not have",
@@ -198,5 +253,6 @@ def berth_apps(plan: Plan, specs: Sequence[AppSpec], options: ServeOptions) -> d
             )
         slot = slots[berth.slot]
         footprint = plan.footprints.get(berth.deployment, {}).get(slot.product)
-        apps[berth.name] = berth_app(by_name[berth.deployment], berth, slot, options, footprint)
+        team = [slots[name] for name in berth.team]
+        apps[berth.app] = berth_app(by_name[berth.deployment], berth, slot, options, footprint, team)
     return apps

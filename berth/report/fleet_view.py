@@ -103,7 +103,7 @@ def fleet_view(plan: Plan) -> FleetView:
     mib: dict[str, int] = defaultdict(int)
     width = {slot.name: len(slot.gpu_uuids) for slot in plan.slots}
     for berth in plan.berths:
-        placed[berth.deployment] += berth.replicas
+        placed[berth.deployment] += berth.replicas if berth.leads else 0
         mib[berth.deployment] += berth.replicas * berth.vram_mib * width[berth.slot]
         for kind, count in _KINDS:
             if number := getattr(berth, count):

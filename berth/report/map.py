@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from berth.plan.reasons import gib, short_product
-from berth.plan.types import Plan
+from berth.plan.types import Berth, Plan
 from berth.verify.compare import Finding, Report, Row
 
 WIDTH = 100
@@ -157,7 +157,7 @@ def _plan_view(plan: Plan) -> Group:
     for slot in plan.slots:
         here = [berth for berth in plan.berths if berth.slot == slot.name]
         planned = sum(berth.replicas * berth.vram_mib for berth in here)
-        names = [f"{berth.deployment} x{berth.replicas}" if berth.replicas > 1 else berth.deployment for berth in here]
+        names = [_words(berth) for berth in here]
         table.add_row(
             slot.name,
             ",".join(map(str, slot.gpu_indices)),
@@ -170,6 +170,12 @@ def _plan_view(plan: Plan) -> Group:
         )
     legend = _legend([(_HELD, "promised"), (_BEYOND, "held by strangers"), (_FREE, "free")])
     return Group(table, Text(), legend, Text(), *_reasons(plan))
+
+
+def _words(berth: Berth) -> str:
+    if berth.team:
+        return f"{berth.deployment} part {berth.team.index(berth.slot) + 1} of {len(berth.team)}"
+    return f"{berth.deployment} x{berth.replicas}" if berth.replicas > 1 else berth.deployment
 
 
 def _plan_bar(planned: int, foreign: int, usable: int) -> Text:

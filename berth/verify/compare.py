@@ -10,6 +10,7 @@ from berth.gpu.types import Gpu, GpuProcess, HostGpus
 from berth.host.environment import Difference
 from berth.plan.slots import UNACCOUNTED_TOLERANCE_MIB, driver_versions
 from berth.plan.types import Berth, Plan, Slot
+from berth.ray.serve_config import NODE
 from berth.ray.types import RayNode, RayState, Replica, ServeApp
 
 Severity = Literal["drift", "unknown", "note"]
@@ -171,7 +172,10 @@ def verify(
 
 @dataclass(frozen=True)
 class _Standing:
-    """A replica of one of our apps, with where Ray says it is."""
+    """A replica of one of our apps, with where Ray says it is.
+
+    ``app`` is the name of its berth: of a replica over several slots each part has its own.
+    """
 
     app: str
     replica: Replica
@@ -247,13 +251,19 @@ def _scene(plan: Plan, ray: RayState, hosts: Mapping[str, HostGpus | str], clust
     nodes = {node.node_id: node for node in ray.nodes if node.alive}
     scene = _Scene(plan, ray, hosts, cluster, slots, berths, nodes, {app.name: app for app in ray.apps}, ())
     standing = tuple(
-        _locate(scene, app.name, replica)
+        _locate(scene, _berth(app.name, deployment.name), replica)
         for app in sorted(ray.apps, key=lambda app: app.name)
         if app.name in berths or scene.ours(app.name)
         for deployment in app.deployments
         for replica in deployment.replicas
     )
     return _Scene(plan, ray, hosts, cluster, slots, berths, nodes, scene.apps, standing)
+
+
+def _berth(app: str, deployment: str) -> str:
+    """The name of the berth that the replicas of ``deployment`` belong to."""
+    model, node, slot = deployment.partition(NODE)
+    return f"{model}@{slot}" if node else app
 
 
 def _locate(scene: _Scene, app: str, replica: Replica) -> _Standing:
@@ -327,14 +337,14 @@ def _apps(scene: _Scene) -> Iterator[Finding]:
     for berth in scene.plan.berths:
         slot = scene.slots.get(berth.slot)
         uuid = slot.gpu_uuids[0] if slot else None
-        app = scene.apps.get(berth.name)
+        app = scene.apps.get(berth.app)
         if app is None:
             # A model scaled to nothing needs no app.
-            if berth.replicas or berth.reserved:
+            if (berth.replicas or berth.reserved) and berth.leads:
                 wanted = f"{_wanted(berth)} RUNNING on {berth.slot}"
                 yield _finding("app_missing", "drift", berth.name, "no such Serve app", wanted, gpu_uuid=uuid)
             continue
-        if app.status != "RUNNING":
+        if app.status != "RUNNING" and berth.leads:
             message = f"{app.status}: {app.message}" if app.message else app.status
             yield _finding("app_not_running", "drift", berth.name, message, "RUNNING", gpu_uuid=uuid)
         yield from _replicas(scene, berth, uuid)
@@ -371,8 +381,9 @@ def _gateway(scene: _Scene) -> Iterator[Finding]:
 
 
 def _strange_apps(scene: _Scene) -> Iterator[Finding]:
+    planned = {berth.app for berth in scene.plan.berths}
     for name in sorted(scene.apps):
-        if name in scene.berths or name == GATEWAY_APP:
+        if name in planned or name == GATEWAY_APP:
             continue
         if scene.ours(name):
             yield _finding("app_unplanned", "drift", name, f"Serve app {scene.apps[name].status}", "not in the plan")

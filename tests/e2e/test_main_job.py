@@ -37,8 +37,15 @@ WIDE = {
     "concurrency": 4,
     "engine_args": {"max_model_len": 512, "max_num_seqs": 4, "enforce_eager": True},
 }
-
-
+FAR = {
+    "name": "far",
+    "engine": "llm",
+    "model": "{{ serve_apps_model_dir }}/chat",
+    "replicas": 1,
+    "slots_per_replica": 2,
+    "concurrency": 4,
+    "engine_args": {"max_model_len": 512, "max_num_seqs": 4, "enforce_eager": True},
+}
 OLD = {
     "name": "old",
     "engine": "llm",
@@ -56,7 +63,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     extra = {
         "nvidia_driver_sim_profile": str(ROOT / "tests/e2e/l40s-x6.yml"),
         "placement_slot_shapes": [[4, 5]],
-        "serve_apps_list": [*with_adapter(directory / "adapter"), WIDE, OLD],
+        "serve_apps_list": [*with_adapter(directory / "adapter"), WIDE, FAR, OLD],
     }
     made = Cluster("e2e", directory / "state", 25000, extra)
     yield made
@@ -115,9 +122,9 @@ def test_pack_shares_gpus_as_planned(cluster: Cluster) -> None:
     run = cluster.site("pack").ok()
     assert "waiting for" in run.output, "no progress was shown"
     berths = cluster.plan()["berths"]
-    assert {berth["slot"] for berth in berths if berth["deployment"] != "wide"} == {"local-0"}
+    assert {berth["slot"] for berth in berths if berth["deployment"] not in ("far", "wide")} == {"local-0"}
     counts = {berth["deployment"]: berth["replicas"] for berth in berths}
-    assert counts == {"chat": 2, "embedding": 2, "old": 1, "rerank": 1, "wide": 1}
+    assert counts == {"chat": 2, "embedding": 2, "far": 1, "old": 1, "rerank": 1, "wide": 1}
     report = cluster.verify()
     assert (report["rc"], report["ok"], report["failures"]) == (0, True, [])
 
@@ -133,16 +140,17 @@ def test_the_predicted_footprint_is_what_the_driver_sees(cluster: Cluster) -> No
     kv_mib = planned["kv_cache_memory_bytes"] / 2**20 * 96
     assert all(kv_mib < mib <= planned["vram_mib"] for mib in held), (held, kv_mib, planned)
     records = json.loads((cluster.state / "controller" / "footprints.json").read_text())["records"].values()
-    (kept,) = [item for item in records if item["engine"]["tensor_parallel_size"] == 1]
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    (kept,) = [item for item in records if [item["engine"][size] for size in sizes] == [1, 1]]
     assert kept["measured"]["total_mib"] == max(held)
 
 
 def test_the_driver_sees_engines_below_their_replicas(cluster: Cluster) -> None:
     """Asked of NVML and /proc alone: every process on the GPU descends from one replica, engines from chat's."""
     replica_of = {pid: name for name, pids in cluster.replicas().items() for pid in pids.values()}
-    packed = [
-        uuid for slot in cluster.plan()["slots"] if slot["name"] in ("local-0", PAIR) for uuid in slot["gpu_uuids"]
-    ]
+    homes = {berth["slot"] for berth in cluster.plan()["berths"]}
+    assert homes == {"local-0", "local-1", PAIR}
+    packed = [uuid for slot in cluster.plan()["slots"] if slot["name"] in homes for uuid in slot["gpu_uuids"]]
     owners, below = set(), 0
     for uuid, seen in cluster.nvml().items():
         assert uuid in packed or not seen["pids"], f"{uuid} is used though everything is packed on {packed}"
@@ -176,9 +184,50 @@ def test_a_replica_of_two_gpus_has_a_worker_on_each(cluster: Cluster) -> None:
     assert cluster.api("/v1/completions", ask).json()["usage"]["completion_tokens"] == 4
 
 
+def test_a_replica_over_two_slots_has_a_part_in_each(cluster: Cluster) -> None:
+    """vLLM's own multi-node executor between them: one app, a process on each GPU below the part that is planned there.
+
+    When a part's worker ends, the whole replica starts anew and the witnesses agree again.
+    """
+    team = _parts(cluster)
+    assert [len(pids) for pids in team.values()] == [1, 1], team
+    mine = cluster.replicas()["far@local-0"]
+    below = [{parent.pid for parent in psutil.Process(pid).parents()} & set(mine.values()) for (pid,) in team.values()]
+    assert [len(found) for found in below] == [1, 1]
+    assert below[0] != below[1], "a part is not below its own replica"
+    ask = {"model": "far", "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
+    assert cluster.api("/v1/completions", ask).json()["usage"]["completion_tokens"] == 4
+    ((worker,),) = list(team.values())[1:]
+    psutil.Process(worker).kill()
+    deadline = time.monotonic() + 240
+    while (now := cluster.replicas()["far@local-0"]).keys() & mine.keys() == mine.keys() or len(now) < 2:
+        assert time.monotonic() < deadline, cluster.logs()
+        time.sleep(1)
+    assert cluster.api("/v1/completions", ask).status_code == 200
+    assert worker not in [pid for pids in _parts(cluster).values() for pid in pids]
+    report = cluster.verify()
+    assert (report["rc"], report["failures"]) == (0, []), report["failures"]
+
+
+def _parts(cluster: Cluster) -> dict[str, list[int]]:
+    """far's slots in the order of its team, each with the processes that the driver shows below far's replicas."""
+    replicas, seen = set(cluster.replicas()["far@local-0"].values()), cluster.nvml()
+    team = next(berth["team"] for berth in cluster.plan()["berths"] if berth["deployment"] == "far")
+    gpus = {slot["name"]: slot["gpu_uuids"] for slot in cluster.plan()["slots"]}
+    return {
+        name: [
+            pid
+            for uuid in gpus[name]
+            for pid in map(int, seen[uuid]["pids"])
+            if replicas & {parent.pid for parent in psutil.Process(pid).parents()}
+        ]
+        for name in team
+    }
+
+
 def test_the_api_answers(cluster: Cluster) -> None:
     models = cluster.api("/v1/models").json()["data"]
-    assert [model["id"] for model in models] == ["chat", "chat:tiny", "embedding", "old", "rerank", "wide"]
+    assert [model["id"] for model in models] == ["chat", "chat:tiny", "embedding", "far", "old", "rerank", "wide"]
     ask = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     answer = cluster.api("/v1/chat/completions", ask).json()
     assert answer["usage"]["completion_tokens"] >= 1
@@ -341,13 +390,16 @@ def test_flip_to_spread_is_make_before_break(cluster: Cluster, foreign: list[psu
     for name, pids in after.items():
         if "@" in name and pids:
             placed[name.split("@")[0]].add(name.split("@")[1])
+            if name == "far@local-0":
+                assert pids == before[name], "its slots are as they were, and yet a part of it moved"
+                continue
             assert len(pids) == 1, f"{name} has {len(pids)} replicas"
     counts = {model: len(slots) for model, slots in placed.items()}
-    assert counts == {"chat": 2, "embedding": 2, "old": 1, "rerank": 1, "wide": 1}
+    assert counts == {"chat": 2, "embedding": 2, "far": 1, "old": 1, "rerank": 1, "wide": 1}
     assert after[f"wide@{PAIR}"] == before[f"wide@{PAIR}"], "there is one slot of two GPUs, and yet its replica moved"
     assert _raylets(cluster) == raylets, "a raylet was restarted"
     assert after["berth-gateway"] == before["berth-gateway"], "the gateway was restarted"
-    stays = [name for name in after if name.endswith("@local-0") and after[name]]
+    stays = [name for name in after if name.endswith("@local-0") and after[name] and name != "far@local-0"]
     assert stays, "no model kept a replica where all of them were"
     for name in stays:
         assert len(after[name].items() & before[name].items()) == 1, f"the replica of {name} that stays was restarted"

@@ -146,10 +146,10 @@ async def no_body(_server: ExternalServer) -> None:
 
 def test_a_server_that_dies_leaves_no_engine_behind() -> None:
     async def body(server: ExternalServer) -> None:
-        assert server._process is not None
-        (engine,) = psutil.Process(server._process.pid).children()
-        os.kill(server._process.pid, signal.SIGKILL)
-        await server._process.wait()
+        assert server._child.pid is not None
+        (engine,) = psutil.Process(server._child.pid).children()
+        os.kill(server._child.pid, signal.SIGKILL)
+        await server._child.wait()
         assert engine.is_running(), "else there is nothing to try"
         with pytest.raises(RuntimeError, match=r"does not answer \(exit code -9\)"):
             await server.check_health()
@@ -176,7 +176,7 @@ from berth.engines.vllm_server import ExternalServer
 async def main():
     server = ExternalServer({config}, {words})
     await server.start()
-    print(server._process.pid, server._directory, flush=True)
+    print(server._child.pid, server._directory, flush=True)
     await asyncio.sleep(600)
 asyncio.run(main())
 """
@@ -214,7 +214,7 @@ async def main():
     arguments = {"max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True, "kv_cache_memory_bytes": 2**25}
     server = ExternalServer({"model": "tiny", "source": sys.argv[1] + "/chat", "gpus": 1, "engine_args": arguments})
     await server.start()
-    family = psutil.Process(server._process.pid).children(recursive=True)
+    family = psutil.Process(server._child.pid).children(recursive=True)
     said = {"engines": len(family)}
     ask = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     async for part in await server.chat(ask):

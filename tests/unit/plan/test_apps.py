@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from berth.errors import BerthError
-from berth.plan.apps import load_apps
+from berth.plan.apps import load_apps, parallel_sizes
 from berth.plan.footprints import read_source
 from berth.plan.planner import make_plan
 from tests.unit.plan.helpers import slot
@@ -88,3 +88,28 @@ def test_an_engine_that_captures_no_graphs_has_none_in_its_footprint(tmp_path: A
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     made = [app_spec("chat", engine=engine, model=str(tmp_path), vram_mib=None) for engine in ("llm", "transformers")]
     assert [read_source(app).engine.enforce_eager for app in made] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"strategy": "spread"}, "strategy is not for a model over 2 slots; found: spread; allowed: not set, pack"),
+        ({"engine": "embedding"}, "engine is not for a model over 2 slots; found: embedding; allowed: llm, light"),
+        ({"fallback": "transformers"}, "fallback is not for a model over 2 slots"),
+        ({"autoscaling": {"max_replicas": 3}}, "autoscaling is not for a model over 2 slots"),
+        ({"engine_args": {"nnodes": 2}}, "engine_args.nnodes would break the placement's promise"),
+        ({"slots_per_replica": 0}, "slots_per_replica is too small"),
+    ],
+)
+def test_what_a_model_over_several_slots_cannot_have(more: dict[str, Any], says: str) -> None:
+    app = {"name": "big", "engine": "llm", "model": "org/big", "replicas": 1, "vram_mib": 100, "slots_per_replica": 2}
+    with pytest.raises(BerthError, match=says):
+        load_apps([app | more])
+
+
+def test_how_a_model_is_spread_over_its_slots() -> None:
+    assert parallel_sizes(1, 1) == {}
+    assert parallel_sizes(2, 1) == {"tensor_parallel_size": 2}
+    assert parallel_sizes(8, 2) == {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}
+    assert parallel_sizes(8, 2, "data") == {"tensor_parallel_size": 8, "data_parallel_size": 2}
+    assert parallel_sizes(8, 2, "tensor") == {"tensor_parallel_size": 16}

@@ -43,6 +43,12 @@ def app(model: str, slot_name: str, count: int = 1, vram: int = 2_000, version: 
     return berth_app(spec(model, engine_args={"version": version}), berth, slot(slot_name), OPTIONS)
 
 
+def team_app(model: str, *slots: str, vram: int = 2_000) -> dict[str, Any]:
+    """The Serve app of one replica over ``slots``."""
+    berth, places = Berth(model, slots[0], 1, vram, "test", team=slots), [slot(name) for name in slots]
+    return berth_app(spec(model, slots_per_replica=len(slots)), berth, places[0], OPTIONS, team=places)
+
+
 def wanted(
     apps: Iterable[Mapping[str, Any]],
     capacity: Mapping[str, int],

@@ -30,7 +30,7 @@ class App:
     """[ticks left, MiB] of each replica that is on its way out; they hold their memory until then."""
     replaced: list[list[int]] = field(default_factory=list)
     """The same for replicas whose successors wait for them (a restart stops the old one first)."""
-    slot: str = ""
+    slots: tuple[str, ...] = ()
 
     @property
     def deleting(self) -> bool:
@@ -69,9 +69,7 @@ class FakeServe:
                 self._redeploy(name, self.apps[name], config)
             else:
                 assert name not in self.apps, f"{name} is made anew while it still drains"
-                actor = config["deployments"][0].get("ray_actor_options", {}) if config.get("deployments") else {}
-                slot = actor.get("label_selector", {}).get("berth.slot", "")
-                self.apps[name] = App(config, starting=[START] * self._count(config), slot=slot)
+                self.apps[name] = App(config, starting=[START] * self._count(config), slots=_slots(config))
         for name, app in self.apps.items():
             if name not in wanted and app.config is not None:
                 app.status, app.drained = "DELETING", [*app.drained, *app.replaced, *self._out(app, self._holding(app))]
@@ -100,6 +98,7 @@ class FakeServe:
                 stopping=0 if app.deleting else len(app.drained) + len(app.replaced),
                 config=app.config,
                 route=(app.config or {}).get("route_prefix"),
+                slots=app.slots,
             )
             for name, app in self.apps.items()
         }
@@ -118,7 +117,7 @@ class FakeServe:
 
     def check_vram(self) -> None:
         for slot, capacity in self.capacity.items():
-            promised = sum(app.promised() for app in self.apps.values() if app.slot == slot)
+            promised = sum(app.promised() for app in self.apps.values() if slot in app.slots)
             assert promised <= capacity, f"{slot}: {promised} MiB promised of {capacity}"
 
     def _runs(self, name: str) -> bool:
@@ -139,6 +138,7 @@ class FakeServe:
         assert before is not None
         count = self._count(config)
         if _code(before) != _code(config) or (app.status == "DEPLOY_FAILED" and before != config):
+            assert _slots(before) == _slots(config), f"{name} leaves a slot, and nobody will know what it holds there"
             self.restarts.append(name)
             app.replaced += self._out(app, self._holding(app))
             app.running, app.starting = 0, [START] * count
@@ -176,11 +176,15 @@ class FakeServe:
                 assert self._runs(name), f"the table names {name}, which does not run"
 
 
+def _slots(config: Mapping[str, Any]) -> tuple[str, ...]:
+    actors = [item.get("ray_actor_options") or {} for item in config.get("deployments") or []]
+    return tuple(actor.get("label_selector", {}).get("berth.slot", "") for actor in actors)
+
+
 def _code(config: Mapping[str, Any]) -> list[Any]:
-    deployment = config["deployments"][0] if config.get("deployments") else {}
     return [
         config.get("import_path"),
         config.get("args"),
         config.get("runtime_env"),
-        deployment.get("ray_actor_options"),
+        [item.get("ray_actor_options") for item in config.get("deployments") or []],
     ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from berth.errors import BerthError
 from berth.ray.rollout import Live, Step, Wanted, next_step
 from berth.ray.serve_config import GATEWAY, ServeOptions
-from tests.unit.ray.builders import app, wanted
+from tests.unit.ray.builders import app, team_app, wanted
 from tests.unit.ray.fake_serve import App, FakeServe
 
 TICKS = 600
@@ -417,6 +417,30 @@ def test_serves_own_defaults_in_its_echo_are_no_change() -> None:
     echo["external_scaler_enabled"] = False
     echo["deployments"][0]["ray_actor_options"]["runtime_env"] = {}
     assert next_step(serve.lives(), wanted([app("chat", "gpu01-0")], CAPACITY)).kind == "done"
+
+
+def test_a_team_that_changes_goes_before_it_comes_and_waits_for_all_of_its_slots() -> None:
+    serve = running([team_app("big", "gpu01-0", "gpu01-1", vram=6_000), app("b", "gpu02-0", vram=6_000)])
+    aim = wanted([team_app("big", "gpu01-0", "gpu02-0", vram=6_000), app("b", "gpu01-1", vram=6_000)], CAPACITY)
+    steps = drive(serve, aim)
+    assert_is(serve, aim)
+    assert any("big" in step.down for step in steps), "it was down, and nobody said so"
+    assert not serve.restarts
+
+
+def test_a_team_that_stays_is_not_touched() -> None:
+    serve = running([team_app("big", "gpu01-0", "gpu01-1"), app("b", "gpu02-0")])
+    aim = wanted([team_app("big", "gpu01-0", "gpu01-1"), app("b", "gpu01-1")], CAPACITY)
+    drive(serve, aim)
+    assert_is(serve, aim)
+    assert not serve.restarts
+
+
+def test_a_team_does_not_come_where_one_of_its_slots_is_full() -> None:
+    serve = running([app("b", "gpu01-1", vram=6_000)])
+    aim = wanted([team_app("big", "gpu01-0", "gpu01-1", vram=6_000), app("b", "gpu02-0", vram=6_000)], CAPACITY)
+    drive(serve, aim)
+    assert_is(serve, aim)
 
 
 def test_nothing_wanted_leaves_only_what_is_foreign() -> None:

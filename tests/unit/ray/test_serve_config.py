@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +26,8 @@ from berth.ray.serve_config import (
     gateway_app,
     gateway_table,
     most,
+    needs,
+    slots_of,
 )
 from tests.unit.ray.builders import OPTIONS, app, plan, slot, spec
 
@@ -53,6 +56,27 @@ def berth(count: int = 1, vram: int = 2_000, gpus: int = 1, **changes: Any) -> d
 
 def actor(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config["deployments"][0]["ray_actor_options"])
+
+
+def test_a_replica_over_several_slots_is_one_app_with_a_deployment_on_each() -> None:
+    berths = [("big", "gpu01-0", 1, 2_000), ("big", "gpu02-0", 1, 2_000)]
+    made = plan([slot("gpu01-0", total=8_600), slot("gpu02-0", total=8_500)], berths)
+    team = ("gpu01-0", "gpu02-0")
+    made = replace(made, berths=tuple(replace(item, team=team) for item in made.berths))
+    apps = berth_apps(made, [spec("big", slots_per_replica=2)], OPTIONS)
+    assert list(apps) == ["big@gpu01-0"]
+    config = apps["big@gpu01-0"]
+    assert config["args"]["team"] == ["gpu01-0", "gpu02-0"]
+    assert config["args"]["across_slots"] == "pipeline"
+    assert config["args"]["gpu_memory_utilization"] == math.floor(10_000 * 2_000 / 8_600) / 10_000
+    assert [item["name"] for item in config["deployments"]] == ["big", "big~gpu02-0"]
+    assert slots_of(config["name"], [item["name"] for item in config["deployments"]]) == team
+    assert needs(config) == {name: {"VRAM_MB": 2_000, "GPU": 0.01, "CPU": 0.5} for name in team}
+    for item in config["deployments"]:
+        assert item.keys() <= DEPLOYMENT_KEYS
+        assert item["ray_actor_options"].keys() <= ACTOR_KEYS
+    leader, node = config["deployments"]
+    assert node["graceful_shutdown_timeout_s"] > leader["graceful_shutdown_timeout_s"]
 
 
 def test_a_berth_on_a_shared_slot() -> None:

@@ -6,10 +6,10 @@ import pytest
 
 from berth.codec import dump, replace
 from berth.gpu.types import GpuProcess
-from berth.ray.types import Replica
+from berth.ray.types import Replica, ServeApp, ServeDeployment
 from berth.verify.compare import CRITICAL_XIDS, Finding, Report
-from tests.unit.plan.helpers import gpu, slot
-from tests.unit.verify.scene import A0, A1, B0, CHAT, CLUSTER, EMBED, Lab, app, engine, node
+from tests.unit.plan.helpers import gpu, host, slot
+from tests.unit.verify.scene import A0, A1, B0, CHAT, CLUSTER, EMBED, Lab, _card, app, engine, node
 
 
 @pytest.fixture
@@ -390,3 +390,46 @@ def test_exit_codes():
 def test_an_orphan_is_not_excused_by_the_same_pid_on_another_host(lab):
     lab.process(B0, engine(104, 1_900, "b-0"))
     assert lab.one("orphan_process").gpu_uuid == B0
+
+
+def _team(lab):
+    """chat's two berths as one replica over a-0 and b-0, each part a deployment of the one app."""
+    lab.plan = replace(
+        lab.plan,
+        berths=tuple(
+            replace(berth, replicas=1, team=("a-0", "b-0")) if berth.deployment == "chat" else berth
+            for berth in lab.plan.berths
+        ),
+    )
+    parts = (
+        ServeDeployment("chat", "HEALTHY", "", 1, (Replica("r1", "RUNNING", "node-a-0", 101),)),
+        ServeDeployment("chat~b-0", "HEALTHY", "", 1, (Replica("r3", "RUNNING", "node-b-0", 101),)),
+    )
+    del lab.apps["chat@b-0"]
+    lab.apps["chat@a-0"] = ServeApp("chat@a-0", "RUNNING", "", parts)
+    lab.hosts["a"] = host("a", _card(A0, 0, (engine(101, 9_700, "a-0"), engine(104, 1_900, "a-0"))), _card(A1, 1, ()))
+    return parts
+
+
+def test_a_replica_over_two_slots_is_seen_in_both(lab):
+    _team(lab)
+    report = lab.report()
+    assert report.findings == ()
+    held = {row.slot: [(item.berth, item.vram_mib) for item in row.replicas] for row in report.rows}
+    assert held["b-0"] == [("chat@b-0", 9_750)]
+    assert ("chat@a-0", 9_700) in held["a-0"]
+
+
+def test_a_part_that_does_not_run_is_named(lab):
+    leader, _ = _team(lab)
+    lab.apps["chat@a-0"] = ServeApp("chat@a-0", "UNHEALTHY", "a part is gone", (leader,))
+    lab.hosts["b"] = host("b", _card(B0, 0, ()))
+    assert lab.kinds() == ["app_not_running", "replica_missing"]
+    assert lab.one("replica_missing").object == "chat@b-0"
+
+
+def test_a_part_on_another_slot_is_drift(lab):
+    leader, node = _team(lab)
+    strayed = replace(node, replicas=(Replica("r3", "RUNNING", "node-a-1", 333),))
+    lab.apps["chat@a-0"] = ServeApp("chat@a-0", "RUNNING", "", (leader, strayed))
+    assert lab.one("replica_wrong_slot").object == "chat@b-0 replica r3"
