@@ -407,7 +407,7 @@ def test_flip_to_spread_is_make_before_break(cluster: Cluster, foreign: list[psu
     assert stays, "no model kept a replica where all of them were"
     for name in stays:
         assert len(after[name].items() & before[name].items()) == 1, f"the replica of {name} that stays was restarted"
-    assert load.sent > 20
+    assert load.sent > 5, "it was hardly asked meanwhile"
     assert load.failures == []
     assert cluster.verify()["rc"] == 0
 

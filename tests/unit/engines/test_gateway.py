@@ -360,8 +360,8 @@ def test_a_berth_leaves_the_table_and_goes_under_load_without_an_error(cluster: 
             return await asyncio.gather(*(stream.rest() for stream in streams))
 
         streams = asyncio.run(run())
+        load.goes_on()
     assert all(stream.done and stream.error is None for stream in streams)
-    assert load.sent > 5
     assert load.failures == []
     assert health()["models"]["slow"] == ["slow@a", "slow@b"]
     wait(idle)
@@ -401,9 +401,10 @@ def test_a_model_changes_under_load_without_an_error_and_with_so_many_replicas_u
                 cluster.tell(put=list(step.apps))
             assert time.monotonic() < until, (step.why, steps)
             time.sleep(0.5)
+        for load in loads:
+            load.goes_on()
     assert min(up) == 2, "it never changed a berth, or went below min_available"
     assert [load.failures for load in loads] == [[], [], [], []]
-    assert sum(load.sent for load in loads) > 12
     assert len(chat("roll").json()["choices"][0]["message"]["content"].split()) == 5
     after = {name: cluster.tell(pids=name)["pids"] for name in names}
     assert all(not set(before[name]) & set(after[name]) for name in names), "a berth kept its old arguments"
@@ -422,11 +423,11 @@ def test_a_killed_replica_fails_only_what_had_begun_there(cluster: Cluster) -> N
 
         begun, streams = asyncio.run(run())
         assert chat("slow", max_tokens=1).status_code == 200, "the other berth goes on"
+        load.goes_on()
     failed = [stream for stream in streams if stream.error]
     assert 0 < len(failed) <= begun
     assert {stream.error["code"] for stream in failed if stream.error} == {"unavailable"}
     assert all(stream.done for stream in streams), "every stream has an end"
-    assert load.sent > 5
     assert load.failures == [], "what had not begun went to the other berth"
     wait(lambda: health()["models"]["slow"] == ["slow@a", "slow@b"], 60)
     wait(idle)
@@ -475,6 +476,11 @@ class Load:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
+
+    def goes_on(self) -> None:
+        """It has sent requests and still does, however slow the machine: two more are answered from here on."""
+        asked = self.sent
+        wait(lambda: self.sent > asked + 2, 60)
 
     def _run(self) -> None:
         while not self._stop.wait(0.05):
