@@ -145,13 +145,16 @@ def _without_packed(base: State, start: State) -> State:
 
 
 def _small(base: State, start: State, effort: Effort, max_moves: int | None, repack: bool) -> Found:
-    from berth.plan.solver import bound, exact, small
+    from berth.plan.solver import bound
 
     problem = base.problem
     plain = all(job.simple and job.strategy == "pack" for job in problem.jobs)
     bounds = bound.prove(start, (), 1, quick=not _packs(problem))
     if not repack and _keeps(base, start) and _at_bound(base, start, bounds):
         return Found(start, "greedy, proven", bounds.gpus, bounds.cost, True)
+    # Half a second of imports, which most runs that change nothing do not need.
+    from berth.plan.solver import exact, small
+
     state, least = start, exact.Least(*_least(base, bounds.cost, bounds.gpus))
     if not repack and any(job.simple and job.strategy == "pack" for job in problem.jobs) and _keeps(base, start):
         proof = small.solve_small(_without_packed(base, start), start, nodes=int(NODES * effort.steps))
