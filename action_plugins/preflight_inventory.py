@@ -19,7 +19,7 @@ from berth.preflight.checkout import stale_wheel
 from berth.preflight.options import Role, read_roles
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("berth_cluster_id", "berth_plan_path")
+NEEDED = ("berth_cluster_id", "berth_plan_path", "berth_agent_mark")
 """Derived variables that the checks use beside the options."""
 
 

@@ -93,7 +93,7 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib  # no
 try:
     from berth.errors import BerthError
     from berth.gpu.sim import build
-    from berth.gpu.sim.profile import read_yaml, shipped
+    from berth.gpu.sim.profile import named
 except ImportError:
     MISSING: str | None = traceback.format_exc()
 else:
@@ -102,8 +102,7 @@ else:
 
 def present(params: dict[str, object], directory: Path, check_mode: bool) -> dict[str, object]:
     name = params["profile"]
-    path = shipped().get(str(name), Path(str(name)))
-    data, what = (read_yaml(path), str(path)) if name else (params["profile_data"], "profile_data")
+    data, what = named(str(name)) if name else (params["profile_data"], "profile_data")
     act = build.differences if check_mode else build.install
     change = act(directory, data, str(params["seed"]), what)
     return {

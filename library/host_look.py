@@ -34,6 +34,22 @@ options:
         description: Text of the lock that it belongs to.
         type: str
         required: true
+  gpu_sim:
+    description: A simulated driver to compare with, as M(gpu_sim) would make it; left out, none is looked at.
+    type: dict
+    suboptions:
+      directory:
+        description: Where it lives on the host.
+        type: path
+        required: true
+      profile:
+        description: A profile file on the host, or the name of one that comes with Berth.
+        type: str
+        required: true
+      seed:
+        description: UUIDs that the profile leaves out follow from it.
+        type: str
+        required: true
 attributes:
   check_mode:
     support: full
@@ -67,6 +83,10 @@ environment:
   description: What M(python_environment_info) returns; empty where it was not asked for.
   returned: always
   type: dict
+gpu_sim:
+  description: Whether the simulated driver is there as asked, so that M(gpu_sim) would change nothing.
+  returned: always
+  type: bool
 """
 
 from pathlib import Path  # noqa: E402
@@ -77,6 +97,7 @@ try:
     from dataclasses import asdict
 
     from berth.errors import BerthError
+    from berth.gpu.sim import build
     from berth.host import look
     from berth.host.environment import describe
 
@@ -97,19 +118,28 @@ def main() -> None:
                     "lock": {"type": "str", "required": True},
                 },
             },
+            "gpu_sim": {
+                "type": "dict",
+                "options": {
+                    "directory": {"type": "path", "required": True},
+                    "profile": {"type": "str", "required": True},
+                    "seed": {"type": "str", "required": True},
+                },
+            },
         },
         supports_check_mode=True,
     )
     if IMPORT_ERROR:
         module.fail_json(msg=f"this Python has no berth ({IMPORT_ERROR}); run role berth_agent first")
     params = module.params
-    asked = params["environment"]
+    asked, sim = params["environment"], params["gpu_sim"]
     try:
         module.exit_json(
             changed=False,
             paths={path: asdict(seen) if seen else None for path, seen in look.look(params["paths"]).items()},
             user=look.user(params["user"]) if params["user"] else None,
             environment=describe(Path(asked["path"]), asked["lock"]) if asked else {},
+            gpu_sim=build.is_as_wanted(Path(sim["directory"]), sim["profile"], sim["seed"]) if sim else False,
         )
     except BerthError as error:
         module.fail_json(msg=str(error))

@@ -31,6 +31,11 @@ options:
         type: list
         elements: str
         default: []
+      sha1:
+        description: Small files whose content's digest is told; empty for what is not there.
+        type: list
+        elements: str
+        default: []
       commands:
         description: Commands that are looked for.
         type: list
@@ -104,6 +109,7 @@ after:
 import ctypes  # noqa: E402 - Ansible's documentation comes first
 import errno  # noqa: E402
 import glob  # noqa: E402
+import hashlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
@@ -150,6 +156,7 @@ def look(ask):
         "interpreters": {name: _interpreter(name) for name in ask["interpreters"]},
         "commands": {name: shutil.which(name) is not None for name in ask["commands"]},
         "exists": {path: os.path.exists(path) for path in ask["exists"]},
+        "sha1": {path: _sha1(path) for path in ask["sha1"]},
         "filesystems": {path: _filesystem(path) for path in ask["paths"]},
         "clock_synchronised": _clock_synchronised(),
         "time_daemons": _time_daemons(),
@@ -173,6 +180,14 @@ def _text(path):
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _sha1(path):
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha1(file.read()).hexdigest()
     except OSError:
         return ""
 
@@ -439,6 +454,7 @@ def main():
                 "options": {
                     "paths": {"type": "list", "elements": "str", "default": []},
                     "exists": {"type": "list", "elements": "str", "default": []},
+                    "sha1": {"type": "list", "elements": "str", "default": []},
                     "commands": {"type": "list", "elements": "str", "default": []},
                     "interpreters": {"type": "list", "elements": "str", "default": []},
                     "addresses": {"type": "list", "elements": "str", "default": []},

@@ -19,6 +19,8 @@ def ask(inventory: Inventory, host: InventoryHost) -> Ask:
     return Ask(
         paths=_unique(expected.state_dir, expected.cache_dir, expected.run_dir, SHARED_MEMORY, TEMPORARY),
         exists=_unique(expected.runtime),
+        # What comes after preflight need not ask once more whether the agent is there.
+        sha1=_unique(host.text("berth_agent_mark")),
         commands=tuple(map(str, host.items("preflight_commands"))),
         interpreters=_unique(expected.agent_python, expected.runtime_python),
         addresses=_addresses(inventory, host),

@@ -117,6 +117,7 @@ class HostFacts:
     interpreters: dict[str, Interpreter] = field(default_factory=dict)
     commands: dict[str, bool] = field(default_factory=dict)
     exists: dict[str, bool] = field(default_factory=dict)
+    sha1: dict[str, str] = field(default_factory=dict)
     filesystems: dict[str, FileSystem] = field(default_factory=dict)
     addresses: dict[str, Address] = field(default_factory=dict)
     peers: tuple[Probe, ...] = ()
@@ -154,6 +155,7 @@ class Ask:
 
     paths: tuple[str, ...] = ()
     exists: tuple[str, ...] = ()
+    sha1: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     interpreters: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()

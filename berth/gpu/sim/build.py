@@ -23,7 +23,7 @@ import yaml
 
 from berth.codec import replace, write_text
 from berth.errors import BerthError
-from berth.gpu.sim.profile import Profile, SimGpu, compile_text, expand, kernel_log, parse, read_yaml, to_yaml
+from berth.gpu.sim.profile import Profile, SimGpu, compile_text, expand, kernel_log, named, parse, read_yaml, to_yaml
 
 SOURCE = Path(__file__).parent / "nvml.c"
 LIBRARY = "lib/libnvidia-ml.so.1"
@@ -85,6 +85,15 @@ def differences(directory: Path, profile_data: object, seed: str, what: str = "G
     if not all((directory / name).is_file() for name in _FILES[2:-1]):
         reasons.append("missing files")
     return Change(tuple(reasons), before, after)
+
+
+def is_as_wanted(directory: Path, profile: str, seed: str) -> bool:
+    """Whether ``install`` would leave everything as it is; ``profile`` is a name or a path. A bad profile is not."""
+    try:
+        data, what = named(profile)
+        return not differences(directory, data, seed, what).reasons
+    except BerthError:
+        return False
 
 
 def install(directory: Path, profile_data: object, seed: str, what: str = "GPU profile") -> Change:

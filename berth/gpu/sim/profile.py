@@ -124,6 +124,16 @@ def read_yaml(path: Path) -> Any:
         raise BerthError(f"GPU profile {path} is not YAML: {error}") from None
 
 
+def named(name: str) -> tuple[object, str]:
+    """The profile that comes with Berth under this name, or is at this path, and where it was read.
+
+    Raises:
+        BerthError: there is none, or it is no YAML.
+    """
+    path = shipped().get(name, Path(name))
+    return read_yaml(path), str(path)
+
+
 def shipped() -> dict[str, Path]:
     """The profiles that come with Berth, by name."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "profiles").glob("*.yml"))}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pwd
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from berth.gpu.sim import build
+from berth.gpu.sim.profile import named
 from berth.host.look import MOST_BYTES, look, unlike, user
 
 MODULE = Path(__file__).resolve().parents[3] / "library/host_look.py"
@@ -87,6 +90,16 @@ def test_the_module_tells_all_of_it(tmp_path: Path) -> None:
         "user": ME.pw_name,
         "environment": {"path": str(tmp_path / "env"), "lock": "ray==2.60.0\n"},
     }
+    told = module_says(asked)
+    assert told["changed"] is False
+    assert told["paths"][str(tmp_path / "none")] is None
+    assert told["paths"][str(tmp_path / "a")]["sha1"] == hashlib.sha1(b"text\n").hexdigest()
+    assert told["user"]["home"] == ME.pw_dir
+    assert told["environment"]["complete"] is False
+    assert told["gpu_sim"] is False
+
+
+def module_says(asked: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(MODULE)],
         input=json.dumps({"ANSIBLE_MODULE_ARGS": asked}),
@@ -94,9 +107,17 @@ def test_the_module_tells_all_of_it(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    told = json.loads(done.stdout)
-    assert told["changed"] is False
-    assert told["paths"][str(tmp_path / "none")] is None
-    assert told["paths"][str(tmp_path / "a")]["sha1"] == hashlib.sha1(b"text\n").hexdigest()
-    assert told["user"]["home"] == ME.pw_dir
-    assert told["environment"]["complete"] is False
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler for the simulated driver")
+def test_a_simulated_driver_as_wanted_needs_no_installation(tmp_path: Path) -> None:
+    sim = {"directory": str(tmp_path / "sim"), "profile": "l40s-x2", "seed": "gpu01"}
+    assert module_says({"paths": [], "gpu_sim": sim})["gpu_sim"] is False, "it is not there yet"
+    build.install(tmp_path / "sim", named("l40s-x2")[0], "gpu01")
+    assert module_says({"paths": [], "gpu_sim": sim})["gpu_sim"] is True
+    for change in ({"seed": "gpu02"}, {"profile": "h100-x2"}, {"profile": "no-such-profile"}):
+        assert module_says({"paths": [], "gpu_sim": sim | change})["gpu_sim"] is False
+    (tmp_path / "sim" / build.LIBRARY).unlink()
+    assert module_says({"paths": [], "gpu_sim": sim})["gpu_sim"] is False, "its library is gone"

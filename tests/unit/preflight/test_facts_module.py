@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 import json
 import os
@@ -40,8 +41,8 @@ def module() -> ModuleType:
 
 
 def ask(**changes: Any) -> dict[str, Any]:
-    empty = {"paths": [], "exists": [], "commands": [], "interpreters": [], "addresses": [], "peers": [], "ports": []}
-    return {**empty, **changes}
+    lists = ("paths", "exists", "sha1", "commands", "interpreters", "addresses", "peers", "ports")
+    return {**{name: [] for name in lists}, **changes}
 
 
 def test_it_imports_the_standard_library_alone() -> None:
@@ -82,6 +83,13 @@ def test_interpreters_commands_and_paths(module: ModuleType) -> None:
     assert found["interpreters"]["false"]["version"] == ""
     assert found["commands"] == {"sh": True, "no-such": False}
     assert found["exists"] == {"/": True, "/no": False}
+
+
+def test_digests_of_files(module: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "mark").write_bytes(b"wheel")
+    paths = [str(tmp_path / name) for name in ("mark", "none")]
+    found = module.look(ask(sha1=paths))["sha1"]
+    assert found == dict(zip(paths, [hashlib.sha1(b"wheel").hexdigest(), ""], strict=True))
 
 
 def test_addresses(module: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import hashlib
 import json
 import os
 import shlex
@@ -57,11 +58,10 @@ def tasks(etc: Path) -> list[dict[str, Any]]:
                 "service_manager_unit_dir": str(etc if manager == "systemd" else etc / "units"),
                 "service_manager_tmpfiles": str(etc / "tmpfiles.conf"),
                 "service_manager_kind": kind,
-                "service_manager_nodes": nodes,
             },
         }
         for manager in ("systemd", "supervisord")
-        for kind, nodes in NODES.items()
+        for kind in NODES
     ]
     templates = ROOT / "roles/service_manager/templates"
     files = [
@@ -98,6 +98,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
                 "berth_seen": {},
                 "nvidia_driver_simulated": True,
                 "nvidia_driver_environment": ENVIRONMENT,
+                "ray_head_node": NODES["head"]["head"],
+                "ray_slot_nodes": NODES["slot"],
                 "ray_runtime_dir": sys.prefix,
             },
             "tasks": tasks(found.etc),
@@ -137,7 +139,9 @@ def test_both_managers_run_the_same(rendered: Rendered, unit: str) -> None:
     told = environment_of_service(service)
     # Each manager's own way to know a changed unit: supervisord compares programs, systemd_units digests.
     assert environment.pop("BERTH_CONFIG_SHA1") == digest(NODES[kind][name])
-    assert len(told.pop("BERTH_UNIT_SHA1")) == 40
+    sha1 = told.pop("BERTH_UNIT_SHA1")
+    text = (rendered.etc / FILES[unit.partition("@")[0]]).read_text(encoding="utf-8")
+    assert sha1 == hashlib.sha1(text.replace(sha1, "").encode()).hexdigest()
     assert environment == told
     assert (environment.items() >= ENVIRONMENT.items()) == (kind == "slot")
     assert environment["BERTH_CLUSTER"] == "test-1a2b"
