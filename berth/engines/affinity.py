@@ -67,8 +67,8 @@ def keys_of(request: Any, model: str, adapter: str, prefix: bool) -> list[int]:
 def _text(request: Any) -> str:
     """The prompt of a request, plain JSON or one of vLLM's classes; no more of it than counts."""
     parts, length = [], 0
-    prompt = _field(request, "messages") or _field(request, "prompt") or ""
-    for piece in _pieces(prompt):
+    prompt = _field(request, "messages") or _field(request, "prompt")
+    for piece in _pieces(prompt or [_field(request, "instructions"), _field(request, "input")]):
         parts.append(piece)
         length += len(piece)
         if length >= MAX_BLOCKS * BLOCK_CHARS:

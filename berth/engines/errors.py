@@ -6,6 +6,8 @@ Told by the names of classes: the gateways' table is tried and type-checked wher
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +81,16 @@ def down(model: str) -> ApiError:
 
 def unknown(model: str) -> ApiError:
     return ApiError(404, f"The model `{model}` does not exist.", code="model_not_found", param="model")
+
+
+def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What pydantic found wrong with a request (``ValidationError.errors()``), of which the first is told."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body of the request is not JSON: {first.get('ctx', {}).get('error', '')}.")
+    # Between the keys pydantic says which class it tried.
+    where = ".".join(str(part) for part in first["loc"] if re.fullmatch("[a-z0-9_]+", str(part)))
+    return ApiError(400, f"{where or 'The body'}: {first['msg']}.", param=where or None)
 
 
 def failure(error: BaseException, model: str) -> Failure:

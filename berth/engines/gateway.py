@@ -22,10 +22,11 @@ from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
     metrics_lifespan,
 )
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from berth.engines.errors import ApiError
 from berth.engines.http import RerankRequest, add_error_handlers, error_response, model_list, one_model, ranked
+from berth.engines.responses import ResponsesBody, asked_of, told
 from berth.engines.routes import Routes, serve_handle, serve_runs
 
 
@@ -63,6 +64,11 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
 
     async def model_data(self, model: str) -> JSONResponse:
         return await one_model(self._routes, model, self._started)
+
+    async def responses(self, body: ResponsesBody, request: Request) -> Response:
+        """OpenAI's responses, which ray.serve.llm does not have."""
+        info = RawRequestInfo.from_starlette_request(request)
+        return await told(self._routes.answer(body.model, "responses", asked_of(body), info))
 
     async def rerank(self, body: RerankRequest) -> JSONResponse:
         """Documents ordered by relevance, from the model's scores."""
@@ -107,6 +113,7 @@ def gateway_class() -> Any:
     routes = dict(DEFAULT_ENDPOINTS)
     routes["models"] = lambda app: app.get("/v1/models")
     routes["model_data"] = lambda app: app.get("/v1/models/{model:path}")
+    routes["responses"] = lambda app: app.post("/v1/responses")
     routes["rerank"] = lambda app: app.post("/v1/rerank")
     routes["healthz"] = lambda app: app.get("/healthz")
     return make_fastapi_ingress(Gateway, endpoint_map=routes, app=app)

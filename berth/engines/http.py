@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from berth.engines.errors import ApiError, unknown
+from berth.engines.errors import ApiError, invalid, unknown
 from berth.engines.routes import Routes
 from berth.ray.serve_config import MAX_BODY_VARIABLE, ServeOptions
 
@@ -134,14 +133,8 @@ async def _starlette(_request: Any, error: HTTPException) -> JSONResponse:
 
 
 async def _invalid(_request: Any, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        why = first.get("ctx", {}).get("error", "")
-        return error_response(ApiError(400, f"The body of the request is not JSON: {why}."))
-    # FastAPI puts where it looked before the path (body), and pydantic between the keys which class it tried.
-    where = ".".join(str(part) for part in first["loc"][1:] if re.fullmatch("[a-z0-9_]+", str(part)))
-    message = f"{where or 'The body'}: {first['msg']}."
-    return error_response(ApiError(400, message, param=where or None))
+    # FastAPI puts where it looked before the path (body).
+    return error_response(invalid([{**item, "loc": item["loc"][1:]} for item in error.errors()]))
 
 
 async def _bug(_request: Any, _error: Exception) -> JSONResponse:

@@ -15,6 +15,7 @@ For the lab and for drills, where placement and the API are what is tried and no
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 import uuid
@@ -22,6 +23,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from berth.engines import light_answers as answers
+from berth.engines import light_responses
 from berth.engines.answers import Answer, in_kind, plain
 from berth.engines.errors import ApiError
 from berth.errors import BerthError
@@ -66,6 +68,11 @@ class LightServer:
         asked = plain(request)
         return self._generate(answers.completion(self._about(asked, "cmpl"), asked), asked, request)
 
+    async def responses(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
+        asked = light_responses.as_chat(request)
+        answer = light_responses.Response(self._about(asked, "resp"), light_responses.prompt_tokens(asked))
+        return self._respond(answer, asked)
+
     async def embeddings(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
         asked = plain(request)
         dimensions = asked.get("dimensions") or int(self._args.get("dimensions", 16))
@@ -82,7 +89,7 @@ class LightServer:
 
     async def _generate(self, answer: Answer, asked: dict[str, Any], request: Any) -> AsyncIterator[Any]:
         """Token by token, as an engine would; cancelled, it stops at once."""
-        words, finish = self._words(answer, asked)
+        words, finish = self._words(answer.prompt_tokens, asked)
         self.running += 1
         try:
             if not asked.get("stream"):
@@ -100,7 +107,27 @@ class LightServer:
         finally:
             self.running -= 1
 
-    def _words(self, answer: Answer, asked: dict[str, Any]) -> tuple[list[str], str]:
+    async def _respond(self, answer: light_responses.Response, asked: dict[str, Any]) -> AsyncIterator[Any]:
+        """The same in the events of the responses API."""
+        words, finish = self._words(answer.prompt_tokens, asked)
+        number = itertools.count()
+        self.running += 1
+        try:
+            if not asked.get("stream"):
+                await asyncio.sleep(self._token_s * len(words))
+                yield answer.whole(words, finish)
+                return
+            for body in answer.opening():
+                yield light_responses.event(next(number), body)
+            for word in words:
+                await asyncio.sleep(self._token_s)
+                yield light_responses.event(next(number), answer.delta(word))
+            for body in answer.closing(words, finish):
+                yield light_responses.event(next(number), body)
+        finally:
+            self.running -= 1
+
+    def _words(self, prompt_tokens: int, asked: dict[str, Any]) -> tuple[list[str], str]:
         """The tokens of the answer and why it ends there.
 
         Raises:
@@ -108,10 +135,10 @@ class LightServer:
         """
         limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
         longest = self._args.get("max_model_len")
-        if longest is not None and answer.prompt_tokens + (limit or 1) > longest:
+        if longest is not None and prompt_tokens + (limit or 1) > longest:
             message = (
                 f"This model's maximum context length is {longest} tokens. However, you requested {limit or 1} output "
-                f"tokens and your prompt contains {answer.prompt_tokens} input tokens."
+                f"tokens and your prompt contains {prompt_tokens} input tokens."
             )
             raise ApiError(400, message, code="context_length_exceeded", param="messages")
         words = answers.words(self._model, asked, int(self._args.get("tokens", 4)))

@@ -14,6 +14,7 @@ from ray import serve
 from starlette.responses import JSONResponse, Response
 
 from berth.engines.http import RerankRequest, add_error_handlers, answered, model_list, one_model, ranked
+from berth.engines.responses import ResponsesBody, asked_of, told
 from berth.engines.routes import Routes, serve_handle, serve_runs
 
 app = FastAPI()
@@ -81,6 +82,10 @@ class LightGateway:
     @app.post("/v1/completions")  # type: ignore[untyped-decorator]
     async def completions(self, body: CompletionBody) -> Response:
         return await self._answer("completions", body)
+
+    @app.post("/v1/responses")  # type: ignore[untyped-decorator]
+    async def responses(self, body: ResponsesBody) -> Response:
+        return await told(self._routes.answer(body.model, "responses", asked_of(body)))
 
     @app.post("/v1/embeddings")  # type: ignore[untyped-decorator]
     async def embeddings(self, body: EmbeddingBody) -> Response:

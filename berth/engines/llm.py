@@ -7,22 +7,28 @@ engine here uses vLLM's own executors over the GPUs the slot sees.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import ValidationError
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest, ErrorResponse
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine, _normalize_vllm_engine_kwargs
 from ray.llm._internal.serve.engines.vllm.vllm_models import FrontendArgs
 from ray.serve.llm import LLMConfig, LLMServer
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from berth.engines.batches import Batches
+from berth.engines.errors import invalid
 from berth.engines.fallback import NO_PLATFORM, CannotRun, cannot_run
+from berth.engines.responses import no_responses
 from berth.plan.apps import parallel_sizes
 
 RUNNERS = {"llm": "generate", "embedding": "pooling", "rerank": "pooling"}
@@ -44,6 +50,21 @@ class SlotEngine(VLLMEngine):  # type: ignore[misc]
         await super().start()
         # vLLM 0.29 renamed what Ray 2.60 looks for, and /tokenize would say that the model cannot (vllm #46022).
         self._oai_serving_tokenization: Any = getattr(self._app_state, "serving_tokenization", None)
+        self._oai_serving_responses: Any = getattr(self._app_state, "openai_serving_responses", None)
+
+    async def responses(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any]:
+        """vLLM's answer to a ResponsesRequest: a dict, its error, or its events as text."""
+        serving = self._oai_serving_responses
+        raw_request = RawRequestInfo.to_starlette_request_optional(raw_request_info)
+        try:
+            answer = await serving.create_responses(request, raw_request)
+        except (ValueError, VLLMClientError) as error:
+            answer = serving.create_error_response(error)
+        if isinstance(answer, AsyncGenerator):
+            async for event in answer:
+                yield f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
+        else:
+            yield answer.model_dump(mode="json", by_alias=True)
 
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:
         if current_platform.is_unspecified():
@@ -89,6 +110,18 @@ class SlotServer(LLMServer):  # type: ignore[misc]
             )
         if self._llm_config.engine_kwargs["runner"] == "generate":
             await self._warm_up()
+
+    async def responses(self, request: dict[str, Any], raw_request_info: Any = None) -> Any:
+        """OpenAI's responses, from plain JSON: vLLM's class of the request does not come whole through Ray."""
+        if self.engine._oai_serving_responses is None:
+            raise no_responses(self._llm_config.model_id)
+        try:
+            asked = ResponsesRequest(**request)
+        except ValidationError as error:
+            raise invalid(error.errors()) from None
+        return await self._run_request(
+            asked, engine_method="responses", batch_output_stream=True, raw_request_info=raw_request_info
+        )
 
     async def _warm_up(self) -> None:
         """One short completion before Serve calls the replica ready: the first request compiles kernels, and no user

@@ -60,6 +60,9 @@ class Replica:
     async def completions(self, request: Any, raw_request_info: Any = None) -> Any:
         return await self._server.completions(request, raw_request_info)
 
+    async def responses(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await self._server.responses(request, raw_request_info)
+
     async def embeddings(self, request: Any, raw_request_info: Any = None) -> Any:
         return await self._server.embeddings(request, raw_request_info)
 

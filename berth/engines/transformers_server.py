@@ -20,6 +20,7 @@ from typing import Any
 from berth.engines import transformers_text as text
 from berth.engines.answers import Answer, in_kind, plain
 from berth.engines.errors import ApiError
+from berth.engines.responses import no_responses
 from berth.errors import BerthError
 from berth.gpu.sim import allocator
 
@@ -129,6 +130,9 @@ class TransformersServer:
         ids = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         answer = Answer(self._about(asked, "cmpl"), "text_completion", "CompletionResponse", len(ids))
         return self._answer(answer, list(ids), asked, request)
+
+    async def responses(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
+        raise no_responses(self._name)
 
     async def embeddings(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
         raise _no("embeddings")

@@ -111,6 +111,9 @@ class ExternalServer:
     async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
         return self._ask("/v1/completions", request, "CompletionResponse")
 
+    async def responses(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
+        return self._ask("/v1/responses", request, "")
+
     async def tokenize(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
         return self._ask("/tokenize", request, "TokenizeResponse")
 

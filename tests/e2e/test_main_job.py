@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from openai import OpenAI
 
-from tests.e2e import bad_input
+from berth.client import client
+from tests.e2e import bad_input, openai_features
 from tests.e2e.cluster import ROOT, Cluster
 
 pytestmark = pytest.mark.e2e
@@ -77,7 +79,7 @@ def with_adapter(directory: Path) -> list[dict[str, Any]]:
     apps: list[dict[str, Any]] = yaml.safe_load(text)["serve_apps_list"]
     (chat,) = (app for app in apps if app["name"] == "chat")
     chat["adapters"] = {"tiny": str(directory)}
-    chat["engine_args"] |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+    chat["engine_args"] |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8, **openai_features.ENGINE_ARGS}
     return apps
 
 
@@ -255,6 +257,20 @@ def test_the_api_answers(cluster: Cluster) -> None:
         file.read_text() for file in cluster.run_dir.glob("local-0/session_latest/logs/serve/replica_chat@*")
     )
     assert "CALL /v1/chat/completions OK" in logs, "vLLM's import closed the replica's log"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        openai_features.held_to_a_form,
+        openai_features.tools,
+        openai_features.several_with_logprobs,
+        openai_features.responses,
+    ],
+    ids=lambda item: item.__name__,
+)
+def test_openais_own_client_gets_what_it_asks_the_engine_for(cluster: Cluster, asked: Callable[[OpenAI], None]) -> None:
+    asked(client(f"http://127.0.0.1:{cluster.port_base + 5}/v1", max_retries=0))
 
 
 def test_a_model_that_vllm_cannot_run_runs_on_transformers_and_says_so(cluster: Cluster) -> None:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import requests
 from langchain_openai import ChatOpenAI
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 from berth.client import client
 from berth.gpu.sim import build
@@ -216,6 +216,32 @@ def test_a_stream_is_openais_with_usage_where_asked(cluster: Cluster) -> None:
     assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 4)
 
 
+def test_responses_whole_streamed_and_held_to_a_schema(cluster: Cluster) -> None:
+    api = client(f"http://127.0.0.1:{PORT}/v1", max_retries=0)
+    whole = api.responses.create(model="chat", instructions="be light", input="one two")
+    assert (whole.status, whole.output_text) == ("completed", "light replica of chat")
+    assert whole.usage is not None
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (4, 4)
+    cut = api.responses.create(model="chat:sql", input=[{"role": "user", "content": "hi"}], max_output_tokens=2)
+    assert (cut.status, cut.output_text, cut.model) == ("incomplete", "light replica", "chat:sql")
+    events = list(api.responses.create(model="chat", input="hi", stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert deltas == ["light", " replica", " of", " chat"]
+    last = events[-1]
+    assert last.type == "response.completed"
+    assert last.response.output_text == "light replica of chat"
+
+    class City(BaseModel):
+        name: str
+        people: int
+
+    assert api.responses.parse(model="chat", input="Paris?", text_format=City).output_parsed == City(
+        name="light", people=0
+    )
+    wait(idle)
+
+
 def test_the_documents_examples_work(cluster: Cluster) -> None:
     """openai's client, Berth's and LangChain's: chat, streams, embeddings, models, structured answers, rerank."""
     examples.expected(examples.run(f"http://127.0.0.1:{PORT}/v1"))
@@ -235,7 +261,7 @@ def test_openais_clients_raise_what_the_gateway_says(cluster: Cluster) -> None:
         langchain.invoke("hi")
 
 
-CHAT = "/v1/chat/completions"
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 MESSAGES = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}
 
@@ -270,6 +296,23 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type":
             "response_format",
         ),
         ("/v1/embeddings", {"model": "chat", "input": {"a": 1}}, 400, None, "input"),
+        (RESPONSES, {"model": "nobody", "input": "hi"}, 404, "model_not_found", "model"),
+        (RESPONSES, {"model": "chat", "input": 5}, 400, None, "input"),
+        (
+            RESPONSES,
+            {"model": "chat", "input": "word " * 60, "stream": True},
+            400,
+            "context_length_exceeded",
+            "messages",
+        ),
+        (
+            RESPONSES,
+            {"model": "chat", "input": "hi", "previous_response_id": "resp_1"},
+            400,
+            "unsupported_parameter",
+            "previous_response_id",
+        ),
+        (RESPONSES, {"model": "chat", "input": "hi", "background": True}, 400, "unsupported_parameter", "background"),
         ("/v1/rerank", {"model": "chat", "query": "a", "documents": []}, 400, None, "documents"),
         ("/v1/nothing", {}, 404, None, None),
     ],
