@@ -120,6 +120,8 @@ def test_whole_answers_and_streams() -> None:
         assert whole == {"path": "/v1/chat/completions", "asked": {"messages": []}}
         (whole,) = await parts(server.completions({"prompt": "a"}))
         assert whole["path"] == "/v1/completions"
+        (whole,) = await parts(server.responses({"input": "a"}))
+        assert whole["path"] == "/v1/responses"
         assert await parts(server.chat({"stream": True})) == ['data: {"n": 1}\n\n', 'data: {"n": 2}\n\n']
 
     run(body)
@@ -220,6 +222,10 @@ async def main():
     async for part in await server.chat(ask):
         said["whole"] = part
     said["events"] = [part async for part in await server.chat({**ask, "stream": True})]
+    respond = {"model": "tiny", "input": "hi", "max_output_tokens": 4}
+    async for part in await server.responses(respond):
+        said["response"] = part
+    said["response_events"] = [part async for part in await server.responses({**respond, "stream": True})]
     async for part in await server.tokenize({"model": "tiny", "prompt": "hi"}):
         said["tokens"] = part
     try:
@@ -254,6 +260,10 @@ def test_vllms_own_server(runtime_python: str, tmp_path: Path) -> None:
     assert said["whole"]["usage"]["completion_tokens"] >= 1
     assert all(event.startswith("data: {") for event in said["events"])
     assert len(said["events"]) >= 2
+    assert said["response"]["object"] == "response"
+    assert said["response"]["usage"]["output_tokens"] >= 1
+    kinds = [event.split("\n")[0] for event in said["response_events"]]
+    assert (kinds[0], kinds[-1]) == ("event: response.created", "event: response.completed")
     assert said["tokens"]["count"] == len(said["tokens"]["tokens"]) >= 1
     assert said["refused"][0] == 400
     assert said["left"] == 0
