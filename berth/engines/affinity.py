@@ -8,6 +8,7 @@ with all that stands before it, as vLLM's own prefix cache does: no call per req
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ BLOCK_CHARS = 256
 MAX_BLOCKS = 64
 SIZE = 1 << 16
 ADAPTER_SLACK = 8.0
-"""Loading an adapter from a host's memory costs less than waiting behind eight answers."""
+"""Loading an adapter from a host's memory costs less than waiting behind eight answers; so does a session's prompt."""
 
 
 class Affinity:
@@ -52,8 +53,17 @@ class Affinity:
                 del self._seen[key]
 
 
-def keys_of(request: Any, model: str, adapter: str, prefix: bool) -> list[int]:
-    """From the shortest to the longest beginning of a request; ``prefix``: its text counts, not only its adapter."""
+def home(session: str, load: Mapping[str, float], slack: float) -> str:
+    """Where a session begins that no berth is known to have had: every gateway says the same, each session another
+    berth (highest random weight, Thaler and Ravishankar 1996), among those that are not busier than the bound."""
+    bound = min(load.values()) + slack
+    near = sorted(name for name, found in load.items() if found <= bound)
+    return max(near, key=lambda name: hashlib.blake2b(f"{session}\0{name}".encode(), digest_size=8).digest())
+
+
+def keys_of(request: Any, model: str, adapter: str, prefix: bool, session: str = "") -> list[int]:
+    """What a berth may know of a request, what says most last: its adapter, its beginning from the shortest to the
+    longest (``prefix``: its text counts), its ``session``."""
     key = hash((model, adapter))
     keys = [key] if adapter else []
     if prefix:
@@ -61,7 +71,7 @@ def keys_of(request: Any, model: str, adapter: str, prefix: bool) -> list[int]:
         for start in range(0, min(len(text) // BLOCK_CHARS, MAX_BLOCKS) * BLOCK_CHARS, BLOCK_CHARS):
             key = hash((key, text[start : start + BLOCK_CHARS]))
             keys.append(key)
-    return keys
+    return [*keys, hash((model, adapter, "session", session))] if session else keys
 
 
 def _text(request: Any) -> str:

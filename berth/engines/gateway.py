@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from berth.engines.errors import ApiError
-from berth.engines.http import RerankRequest, add_error_handlers, error_response, model_list, one_model, ranked
+from berth.engines.http import RerankRequest, add_error_handlers, error_response, model_list, one_model, ranked, session
 from berth.engines.responses import ResponsesBody, asked_of, told
 from berth.engines.routes import Routes, serve_handle, serve_runs
 
@@ -56,7 +56,7 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
             except ValueError as error:
                 raise ApiError(400, str(error), param="messages") from None
         info = RawRequestInfo.from_starlette_request(raw_request) if raw_request is not None else None
-        async for response in self._routes.answer(body.model, call_method, body, info):
+        async for response in self._routes.answer(body.model, call_method, body, info, session=session()):
             yield response
 
     async def models(self) -> JSONResponse:
@@ -68,7 +68,8 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
     async def responses(self, body: ResponsesBody, request: Request) -> Response:
         """OpenAI's responses, which ray.serve.llm does not have."""
         info = RawRequestInfo.from_starlette_request(request)
-        return await told(self._routes.answer(body.model, "responses", asked_of(body), info))
+        parts = self._routes.answer(body.model, "responses", asked_of(body), info, session=session())
+        return await told(parts)
 
     async def rerank(self, body: RerankRequest) -> JSONResponse:
         """Documents ordered by relevance, from the model's scores."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterable
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,6 +19,9 @@ from berth.engines.routes import Routes
 from berth.ray.serve_config import MAX_BODY_VARIABLE, ServeOptions
 
 MIB = 1 << 20
+SESSION_HEADER = os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id").lower().encode()
+"""ray/serve/_private/constants.py."""
+_session: ContextVar[str] = ContextVar("session", default="")
 
 
 class BodyLimit:
@@ -54,6 +58,23 @@ class BodyLimit:
     @property
     def _words(self) -> str:
         return f"The body of the request is larger than {self._most // MIB} MiB."
+
+
+class Session:
+    """Notes the session that a request belongs to, by the header that Ray Serve has for it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            _session.set(dict(scope["headers"]).get(SESSION_HEADER, b"").decode("latin-1"))
+        await self._app(scope, receive, send)
+
+
+def session() -> str:
+    """The session of the request that is being answered, "" where it names none."""
+    return _session.get()
 
 
 class RerankRequest(BaseModel):
@@ -118,6 +139,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Every refusal as OpenAI's: ours, Starlette's (unknown path, wrong method), FastAPI's of a body (400, not 422),
     and of a body that is too large."""
     app.add_middleware(BodyLimit)
+    app.add_middleware(Session)
     app.add_exception_handler(ApiError, _ours)
     app.add_exception_handler(HTTPException, _starlette)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from starlette.responses import JSONResponse, Response
 
-from berth.engines.http import RerankRequest, add_error_handlers, answered, model_list, one_model, ranked
+from berth.engines.http import RerankRequest, add_error_handlers, answered, model_list, one_model, ranked, session
 from berth.engines.responses import ResponsesBody, asked_of, told
 from berth.engines.routes import Routes, serve_handle, serve_runs
 
@@ -85,7 +85,7 @@ class LightGateway:
 
     @app.post("/v1/responses")  # type: ignore[untyped-decorator]
     async def responses(self, body: ResponsesBody) -> Response:
-        return await told(self._routes.answer(body.model, "responses", asked_of(body)))
+        return await told(self._routes.answer(body.model, "responses", asked_of(body), session=session()))
 
     @app.post("/v1/embeddings")  # type: ignore[untyped-decorator]
     async def embeddings(self, body: EmbeddingBody) -> Response:
@@ -110,4 +110,5 @@ class LightGateway:
         return JSONResponse(body, status_code=status)
 
     async def _answer(self, method: str, body: _Body) -> Response:
-        return await answered(self._routes.answer(body.model, method, body.model_dump(exclude_unset=True)))
+        asked = body.model_dump(exclude_unset=True)
+        return await answered(self._routes.answer(body.model, method, asked, session=session()))

@@ -10,7 +10,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from berth.engines.affinity import ADAPTER_SLACK, Affinity, keys_of
+from berth.engines.affinity import ADAPTER_SLACK, Affinity, home, keys_of
 from berth.engines.errors import ApiError, down, failure, full, refusal, unknown
 
 ENGINE_TIMEOUT_S = 2.0
@@ -159,8 +159,10 @@ class Routes:
             raise unknown(asked)
         return asked
 
-    def choose(self, asked: str, keys: Sequence[int] = (), without: Collection[str] = ()) -> TableBerth:
-        """The berth that takes the next request; ``keys``: see berth.engines.affinity.
+    def choose(
+        self, asked: str, keys: Sequence[int] = (), without: Collection[str] = (), session: str = ""
+    ) -> TableBerth:
+        """The berth that takes the next request; ``keys``, ``session``: see berth.engines.affinity.
 
         A berth in ``without`` is out, unless a replica of it other than the one that failed may be left.
 
@@ -185,12 +187,15 @@ class Routes:
         if keys:
             load = {berth.app: self._load(berth) for berth in free}
             slack = model.prefix_slack or ADAPTER_SLACK
-            if (known := self._affinity.find(keys, load, slack)) is not None:
+            known = self._affinity.find(keys, load, slack) or (home(session, load, slack) if session else None)
+            if known is not None:
                 return next(berth for berth in free if berth.app == known)
         return min(random.choices(free, weights=[berth.replicas for berth in free], k=2), key=self._load)
 
-    async def answer(self, asked: str | None, method: str, request: Any, *more: Any) -> AsyncGenerator[Any]:
-        """The parts of the answer of a berth to ``method(request, *more)``.
+    async def answer(
+        self, asked: str | None, method: str, request: Any, *more: Any, session: str = ""
+    ) -> AsyncGenerator[Any]:
+        """The parts of the answer of a berth to ``method(request, *more)``; requests of a ``session`` stay together.
 
         A berth that was full or died before the first part came is left for another one, once: requests to an engine
         change nothing, but one that kills its engine shall not go through them all. After the first part a failure
@@ -200,8 +205,8 @@ class Routes:
             ApiError: nobody answers, or the engine refuses the request; only before the first part.
         """
         name = self.named(asked)
-        keys = self._keys(name, request)
-        berth = self.choose(name, keys)
+        keys = self._keys(name, request, session)
+        berth = self.choose(name, keys, session=session)
         try:
             async with aclosing(self._parts(berth, name, keys, method, request, *more)) as parts:
                 async for part in parts:
@@ -210,7 +215,7 @@ class Routes:
         except _Elsewhere as left:
             first = left.error
         try:
-            berth = self.choose(name, keys, without=(berth.app,))
+            berth = self.choose(name, keys, without=(berth.app,), session=session)
         except ApiError:
             raise first from None
         try:
@@ -270,9 +275,9 @@ class Routes:
         # Serve's router says None until it has heard of a replica, which of these may take until the first request.
         return berth.sleeps and not self._runs(berth.handle)
 
-    def _keys(self, asked: str, request: Any) -> list[int]:
+    def _keys(self, asked: str, request: Any, session: str = "") -> list[int]:
         name, _, adapter = asked.partition(":")
-        return keys_of(request, name, adapter, self._models[name].prefix_slack > 0)
+        return keys_of(request, name, adapter, self._models[name].prefix_slack > 0, session)
 
     def _up(self, berth: TableBerth) -> bool:
         # To a berth without a replica Serve would let requests wait until there is one, which may take minutes.

@@ -50,15 +50,16 @@ class Stream:
         self.writer.close()
 
 
-async def open_stream(port: int, model: str, path: str = "/v1/chat/completions", **more: Any) -> Stream:
-    """Ask for a stream and wait for its status and first event."""
+async def open_stream(
+    port: int, model: str, path: str = "/v1/chat/completions", session: str = "", **more: Any
+) -> Stream:
+    """Ask for a stream and wait for its status and first event; ``session``: its header x-session-id."""
     body = {"model": model, "messages": [{"role": "user", "content": "hello there"}], "stream": True, **more}
     data = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: berth\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
-    writer.write(head.encode() + data)
+    head = f"POST {path} HTTP/1.1\r\nHost: berth\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+    named = f"X-Session-Id: {session}\r\n" if session else ""
+    writer.write(f"{head}{named}\r\n".encode() + data)
     stream = Stream(reader, writer, int((await reader.readline()).split()[1]))
     while (line := (await reader.readline()).decode().strip()) != "":
         name, _, value = line.partition(": ")

@@ -340,6 +340,19 @@ def test_a_body_that_is_too_large_is_refused(cluster: Cluster, told: bool) -> No
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_requests_of_a_session_stay_together(cluster: Cluster) -> None:
+    async def run() -> dict[str, int]:
+        streams = [await open_stream(PORT, "slow", session="mine") for _ in range(6)]
+        found: dict[str, int] = health()["outstanding"]
+        for stream in streams:
+            stream.close()
+        return found
+
+    found = asyncio.run(run())
+    assert list(found.values()) == [6], "two random choices would have shared them out"
+    wait(idle)
+
+
 def test_full_berths_say_so_and_who_hangs_up_makes_room(cluster: Cluster) -> None:
     async def run() -> None:
         streams = [await open_stream(PORT, "small") for _ in range(2)]

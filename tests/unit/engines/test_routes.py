@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from berth.engines.affinity import BLOCK_CHARS
+from berth.engines.affinity import ADAPTER_SLACK, BLOCK_CHARS
 from berth.engines.errors import DOWN_RETRY_S, FULL_RETRY_S, ApiError
 from berth.engines.routes import Routes
 
@@ -93,9 +93,9 @@ class Scene:
         )
         self.routes.take(config)
 
-    def ask(self, model: str | None = "chat", request: Any = None) -> list[Any]:
+    def ask(self, model: str | None = "chat", request: Any = None, session: str = "") -> list[Any]:
         async def run() -> list[Any]:
-            return [part async for part in self.routes.answer(model, "chat", request or {})]
+            return [part async for part in self.routes.answer(model, "chat", request or {}, session=session)]
 
         return asyncio.run(run())
 
@@ -347,6 +347,34 @@ def test_affinity_ends_where_the_load_is_uneven() -> None:
 
     seen = Counter(asyncio.run(run()))
     assert abs(seen["a"] - seen["b"]) <= 3, "slack 2, and one in between"
+
+
+def test_a_session_stays_where_it_began_and_sessions_spread() -> None:
+    scene = Scene(table(chat={"a": 1, "b": 1, "c": 1}))
+    names = [f"user-{number}" for number in range(60)]
+    first = {name: scene.ask(session=name)[0] for name in names}
+    assert min(Counter(first.values()).values()) >= 8, "60 sessions over three berths"
+    assert {name: scene.ask(session=name)[0] for name in names} == first
+    another = Scene(table(chat={"a": 1, "b": 1, "c": 1}))
+    assert {name: another.ask(session=name)[0] for name in names} == first, "another gateway sends them elsewhere"
+    scene.routes.take(table(chat={"a": 1, "b": 1, "c": 1, "d": 1}))
+    assert {name: scene.ask(session=name)[0] for name in names} == first, "a new berth moved a session"
+    scene.routes.take(table(chat={"b": 1, "c": 1}))
+    now = {name: scene.ask(session=name)[0] for name in names}
+    assert {name for name in names if now[name] != first[name]} == {name for name in names if first[name] == "a"}
+
+
+def test_a_session_ends_where_the_load_is_uneven() -> None:
+    scene = Scene(table(chat={"a": 1, "b": 1}))
+
+    async def run() -> list[Any]:
+        calls = [scene.routes.answer("chat", "chat", prompt("hi"), session="one") for _ in range(40)]
+        return [await anext(call) for call in calls]
+
+    order = asyncio.run(run())
+    most = int(ADAPTER_SLACK) + 1
+    assert len(set(order[:most])) == 1
+    assert order[most] != order[0], "it waits behind more than the slack"
 
 
 def test_without_the_option_a_beginning_does_not_count() -> None:
