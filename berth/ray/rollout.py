@@ -144,6 +144,10 @@ class _Now:
         """Whether this is a pool that Serve itself restarts, some replicas at a time, while enough others answer."""
         return self.rolled(name) is not None
 
+    def at_work(self, name: str) -> bool:
+        """A pool that Serve restarts already: it may never be through with what the plan no longer wants."""
+        return self.live[name].status == "DEPLOYING" and self.rolls(name)
+
     def held_up(self, name: str) -> bool:
         """A pool that Serve was told to want more of while it restarts them, and does."""
         app = self.ours.get(name)
@@ -193,7 +197,7 @@ def next_step(live: Mapping[str, Live], wanted: Wanted, retry_failed: bool = Fal
     make = {
         name: now.rolled(name) or app
         for name, app in _fitting(now).items()
-        if (not now.full(name) or now.change(name) != "restart") and not now.held_up(name)
+        if (not now.full(name) or now.change(name) != "restart" or now.at_work(name)) and not now.held_up(name)
     }
     gateway = now.gateway
     if gateway is None and wanted.models and GATEWAY not in now.leaving:

@@ -553,6 +553,15 @@ def test_a_pool_of_one_is_down_while_it_changes_and_says_so() -> None:
     assert ("chat",) in {step.down for step in steps}
 
 
+def test_a_pool_that_is_stuck_in_its_restart_is_cured_by_its_new_arguments() -> None:
+    serve = running([pool("chat", *SLOTS, count=2, most=4)])
+    live = serve.lives()
+    live["chat@pool"] = replace(live["chat@pool"], status="DEPLOYING", running=3)
+    assert next_step(live, wanted([pool("chat", *SLOTS, count=2, most=4)], CAPACITY)).kind == "wait"
+    step = next_step(live, wanted([pool("chat", *SLOTS, count=2, most=4, version=1)], CAPACITY))
+    assert (step.kind, step.why, step.down) == ("put", "make chat@pool", ())
+
+
 def test_a_pool_keeps_so_many_up_or_is_refused() -> None:
     before, after = pool("chat", *SLOTS, count=4), pool("chat", *SLOTS, count=4, version=1)
     aim = replace(wanted([after], CAPACITY), min_available={"chat": 3})
