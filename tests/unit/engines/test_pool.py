@@ -155,7 +155,6 @@ def roll_out(cluster: Cluster, plan: Plan, app: Any) -> list[str]:
         if step.kind == "put":
             assert not step.down, (step.why, step.down)
             told.append(step.why)
-            print(time.strftime("%X"), step.why)
             cluster.tell(put=list(step.apps))
         assert time.monotonic() < until, (step.why, told)
         time.sleep(0.3)
