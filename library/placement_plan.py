@@ -156,6 +156,7 @@ try:
     from berth.plan.drain import drained_slots, plan_drained
     from berth.plan.footprints import cards, footprints, store_beside
     from berth.plan.planner import Options, check_strategy, solve
+    from berth.plan.pools import check_pools
     from berth.plan.slots import build_slots, load_hosts
     from berth.plan.store import read_plan, write_plan
     from berth.report.map import plan_map
@@ -176,6 +177,7 @@ def plan_now(params):
         app.deployment({product: item.vram_mib for product, item in predicted.get(app.name, {}).items()})
         for app in apps
     ]
+    check_pools(deployments, slots)
     most = None if flips(before, deployments, strategy) else params["max_moves"]
     options = Options(max_moves=most, repack=params["repack"])
     drained = drained_slots(slots, before, params["drain"], params["undrain"])

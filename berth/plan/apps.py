@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from berth.codec import STRICT, load
 from berth.errors import BerthError
-from berth.plan.types import Affinity, Deployment, DomainName, StrategyName
+from berth.plan.types import Affinity, Deployment, DomainName, PlacementName, StrategyName
 
 Engine = Literal["llm", "embedding", "rerank", "transformers", "vllm_server", "light"]
 MIB = 1 << 20
@@ -95,6 +95,7 @@ class AppSpec:
     A model larger than a host takes ``slots_per_replica`` slots of ``gpus_per_replica`` GPUs each; ``across_slots``
     says how vLLM spreads it: a stage of the pipeline on each slot, one tensor parallel group over all their GPUs, or a
     data parallel rank on each (with ``engine_args.enable_expert_parallel``, a mixture's experts over all GPUs).
+    ``placement`` "pool": one Serve deployment over several slots instead of a berth on each; Serve chooses among them.
     From ``priority`` on, the planner's words: see ``berth.plan.types.Deployment``.
     """
 
@@ -129,6 +130,7 @@ class AppSpec:
     load: float = 1.0
     slots_per_replica: int = 1
     across_slots: AcrossSlots = "pipeline"
+    placement: PlacementName = "berths"
 
     @property
     def given_mib(self) -> dict[str, int] | None:
@@ -145,6 +147,7 @@ class AppSpec:
             vram_mib=dict(self.given_mib or vram_mib or {}),
             gpus_per_replica=self.gpus_per_replica,
             max_replicas=self.autoscaling.max_replicas if self.autoscaling else None,
+            placement=self.placement,
             slots_per_replica=self.slots_per_replica,
             # Its parts talk at every token.
             strategy="pack" if self.slots_per_replica > 1 else self.strategy,
@@ -232,6 +235,7 @@ def _check(app: AppSpec, mend: str) -> None:
     _check_adapters(app, mend)
     _check_autoscaling(app, mend)
     _check_team(app, mend)
+    _check_pool(app, mend)
     _check_transformers(app, mend)
     _check_engine_args(app)
 
@@ -314,6 +318,23 @@ def _check_team(app: AppSpec, mend: str) -> None:
                 f"app {app.name}: {key} is not for a model over {app.slots_per_replica} slots",
                 found=found,
                 allowed=", ".join(item or "not set" for item in allowed),
+                mend=mend,
+            )
+
+
+def _check_pool(app: AppSpec, mend: str) -> None:
+    if app.placement != "pool":
+        return
+    for key, found, allowed, why in (
+        ("slots_per_replica", app.slots_per_replica, 1, "Serve would choose the slots of its parts one by one"),
+        ("gpus_per_replica", app.gpus_per_replica, 1, "a replica that has a slot to itself is as exact in a berth"),
+        ("prefix_affinity", app.prefix_affinity, 0, "inside a pool Serve chooses the replica, not the gateway"),
+    ):
+        if found != allowed:
+            raise BerthError(
+                f"app {app.name}: {key} is not for a pool: {why}",
+                found=found,
+                allowed=f"{allowed}, or placement: berths",
                 mend=mend,
             )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from berth.plan.pools import pools_of
 from berth.plan.slots import natural
 from berth.plan.types import Berth, Deployment, Plan, StrategyName
 
@@ -18,7 +19,7 @@ _ORDER: tuple[ChangeKind, ...] = ("start", "scale", "resize", "regroup", "stop")
 class Change:
     """One berth that differs: replica counts before and after, footprint per GPU in MiB before and after.
 
-    ``team``: the slots of the replica that it is now a part of.
+    ``team``: the slots of the replica that it is now a part of; ``pool``: those of the pool that it is now one of.
     """
 
     kind: ChangeKind
@@ -28,29 +29,44 @@ class Change:
     vram_mib_before: int
     vram_mib: int
     team: tuple[str, ...] = ()
+    pool: tuple[str, ...] = ()
 
 
 def diff_plans(old: Plan | None, new: Plan) -> tuple[Change, ...]:
     """Every berth that starts, stops, scales or changes its footprint between ``old`` and ``new``."""
     was = {berth.name: berth for berth in old.berths} if old else {}
     now = {berth.name: berth for berth in new.berths}
-    changes = [_change(name, was.get(name), now.get(name)) for name in {*was, *now}]
+    pools, pooled = _pooled(old), _pooled(new)
+    changes = [_change(name, was.get(name), now.get(name), pools, pooled) for name in {*was, *now}]
     found = [change for change in changes if change is not None]
     return tuple(sorted(found, key=lambda change: (_ORDER.index(change.kind), natural(change.berth))))
 
 
-def _change(name: str, old: Berth | None, new: Berth | None) -> Change | None:
+_Group = tuple[tuple[str, ...], int]
+"""The slots of a pool and the most replicas on each: when it changes, Serve restarts all of the pool."""
+
+
+def _pooled(plan: Plan | None) -> dict[str, _Group]:
+    """By the name of every berth that is one of a pool."""
+    pools = pools_of(plan).values() if plan else ()
+    return {berth.name: (pool.slots, pool.each) for pool in pools for berth in pool.berths}
+
+
+def _change(
+    name: str, old: Berth | None, new: Berth | None, pools: Mapping[str, _Group], pooled: Mapping[str, _Group]
+) -> Change | None:
     before, after = (old.replicas if old else 0), (new.replicas if new else 0)
     was, now = (old.vram_mib if old else 0), (new.vram_mib if new else 0)
+    pool, _ = pooled.get(name, ((), 0))
     if old is None:
-        return Change("start", name, before, after, now, now, new.team if new else ())
+        return Change("start", name, before, after, now, now, new.team if new else (), pool)
     if new is None:
         return Change("stop", name, before, after, was, was)
     if was != now:
-        return Change("resize", name, before, after, was, now, new.team)
-    if old.team != new.team:
-        return Change("regroup", name, before, after, now, now, new.team)
-    return Change("scale", name, before, after, now, now) if before != after else None
+        return Change("resize", name, before, after, was, now, new.team, pool)
+    if old.team != new.team or pools.get(name) != pooled.get(name):
+        return Change("regroup", name, before, after, now, now, new.team, pool)
+    return Change("scale", name, before, after, now, now, pool=pool) if before != after else None
 
 
 def flips(old: Plan | None, deployments: Sequence[Deployment], strategy: StrategyName) -> bool:
@@ -70,6 +86,8 @@ def describe(changes: tuple[Change, ...]) -> list[str]:
 
 
 def _line(change: Change) -> str:
+    if change.pool:
+        return _pool_line(change)
     if not change.before and not change.after:
         # Nothing but room (``Berth.reserved``).
         verb = "keep room at" if change.kind == "start" else "give up the room at"
@@ -82,10 +100,22 @@ def _line(change: Change) -> str:
     if change.kind == "scale":
         return f"scale {change.berth}: {change.before} -> {_count(change.after)} of {change.vram_mib} MiB"
     if change.kind == "regroup":
-        team = f"part of a replica over {', '.join(change.team)}" if change.team else "a replica of its own"
+        team = f"part of a replica over {', '.join(change.team)}" if change.team else "a berth of its own"
         return f"regroup {change.berth}: now {team} (which restarts)"
     counts = f", {change.before} -> {_count(change.after)}" if change.before != change.after else ""
     return f"resize {change.berth}: {change.vram_mib_before} -> {change.vram_mib} MiB{counts} (its replicas restart)"
+
+
+def _pool_line(change: Change) -> str:
+    slots = f"{len(change.pool)} slot{'s' if len(change.pool) > 1 else ''}"
+    if change.kind == "start":
+        return f"start {change.berth}: now one of the pool over {slots}, {change.vram_mib} MiB for each replica"
+    if change.kind == "scale":
+        return f"scale {change.berth}: {change.before} -> {change.after} of the replicas that its pool has at least"
+    if change.kind == "resize":
+        mib = f"{change.vram_mib_before} -> {change.vram_mib} MiB"
+        return f"resize {change.berth}: {mib} for each replica of the pool over {slots} (all of which restart)"
+    return f"regroup {change.berth}: now one of the pool over {slots} (all replicas of which restart)"
 
 
 def _count(replicas: int) -> str:
@@ -93,11 +123,15 @@ def _count(replicas: int) -> str:
 
 
 def _counts(berth: Berth) -> str:
+    if berth.pool:
+        return f"up to {_count(berth.replicas + berth.reserved)}"
     most = _count(berth.replicas + berth.reserved)
     return f"{berth.replicas} to {most}" if berth.reserved else most
 
 
 def _team(berth: Berth) -> str:
+    if berth.pool:
+        return f", of a pool of {berth.pool} at most"
     return f", part of one over {', '.join(berth.team)}" if berth.team else ""
 
 

@@ -14,7 +14,7 @@ from berth.plan.types import Berth, Deployment, Plan, Slot, StrategyName, Unplac
 
 SHOWN_SLOTS = 8
 SHOWN_WAYS = 4
-Look = tuple[str, str, int, int, int]
+Look = tuple[str, str, int, int, int, int]
 
 
 def gib(mib: int) -> str:
@@ -86,7 +86,7 @@ def _same(now: Mapping[str, tuple[Berth, ...]], then: Mapping[str, tuple[Berth, 
 
 def _looks(berths: Sequence[Berth]) -> set[Look]:
     """Everything that a berth's reason speaks of."""
-    return {(item.deployment, item.slot, item.replicas, item.reserved, item.vram_mib) for item in berths}
+    return {(item.deployment, item.slot, item.replicas, item.reserved, item.vram_mib, item.pool) for item in berths}
 
 
 # --- Why here ---------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def why_here(berth: Berth, story: Story) -> str:
     ]
     if slot.foreign_mib:
         parts.append(f"{gib(slot.foreign_mib)} GiB held by strangers")
-    if berth.reserved:
+    if berth.reserved and not berth.pool:
         parts.append(f"room for {berth.reserved} more is kept")
     moved = _moved(berth, story)
     return "; ".join(parts) + (f"; {moved}" if moved else "")
@@ -131,9 +131,11 @@ def _manner(berth: Berth, slot: Slot, where: str, story: Story, strategy: Strate
     if len(slot.gpu_uuids) > 1:
         link = f", linked by {slot.nvlink_group}" if slot.nvlink_group else ""
         return f"has all {len(slot.gpu_uuids)} GPUs of {where} to itself{link}"
+    mine = story.by_deployment[berth.deployment]
+    if berth.pool:
+        return _pool_manner(berth, where, mine)
     if not berth.replicas:
         return f"nothing but room on {where}"
-    mine = story.by_deployment[berth.deployment]
     if strategy in ("spread", "strict_spread"):
         return _spread_manner(berth, where, story, mine)
     others = [item.deployment for item in story.by_slot[berth.slot] if item.deployment != berth.deployment]
@@ -150,6 +152,13 @@ def _manner(berth: Berth, slot: Slot, where: str, story: Story, strategy: Strate
     if strategy == "balanced":
         return f"{beside}; no GPU that may take it promises less load"
     return f"{beside}; {'it opens this GPU' if one and not others else 'opening another GPU was not needed'}"
+
+
+def _pool_manner(berth: Berth, where: str, mine: Sequence[Berth]) -> str:
+    least, here = sum(item.replicas for item in mine), berth.replicas + berth.reserved
+    count = f"{least} to {berth.pool}" if least < berth.pool else f"{least}"
+    slots = "1 slot" if len(mine) == 1 else f"{len(mine)} slots"
+    return f"up to {here} on {where} of a pool of {count} over {slots}, among which Serve chooses"
 
 
 def _spread_manner(berth: Berth, where: str, story: Story, mine: Sequence[Berth]) -> str:

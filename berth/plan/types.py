@@ -15,6 +15,8 @@ DOMAINS: tuple[DomainName, ...] = ("zone", "rack", "host", "gpu")
 HeadroomName = Literal["promised", "shared", "best_effort"]
 PlacementName = Literal["berths", "pool"]
 PLAN_VERSION = 1
+POOL = "pool"
+"""In a pool's name, where a berth has its slot: ``chat@pool``. No slot is called so: their names end in a number."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Berth:
 
     ``reserved`` more may come there (autoscaling, pools) and have their room already; a berth may be nothing but room.
     A replica over several slots has a berth on each: ``team`` names them all, in the order of its engine's nodes.
+    With a ``pool`` it is one slot of a pool and Serve chooses who stands where: up to ``replicas + reserved`` here, at
+    least the sum of ``replicas`` and at most ``pool`` over all slots of the pool.
     """
 
     __pydantic_config__ = STRICT
@@ -121,6 +125,7 @@ class Berth:
     reason: str
     reserved: int = 0
     team: tuple[str, ...] = ()
+    pool: int = 0
 
     @property
     def name(self) -> str:
@@ -129,13 +134,16 @@ class Berth:
 
     @property
     def app(self) -> str:
-        """The name of its Serve app: the berth's own, or that of its team's first slot, which has the API."""
+        """The name of its Serve app: the berth's own, or its pool's, or that of its team's first slot, which has the
+        API."""
+        if self.pool:
+            return f"{self.deployment}@{POOL}"
         return f"{self.deployment}@{self.team[0]}" if self.team else self.name
 
     @property
     def leads(self) -> bool:
         """Whether its replicas are counted here: not at the other slots of a team."""
-        return self.app == self.name
+        return not self.team or self.team[0] == self.slot
 
 
 @dataclass(frozen=True)

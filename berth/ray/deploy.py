@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from berth.errors import BerthError, CouldNotTell
-from berth.plan.types import Plan
+from berth.plan.types import POOL, Plan
 from berth.ray.client import RayClient, TokenRefused
 from berth.ray.rollout import Live, Step, Wanted, next_step
-from berth.ray.serve_config import fewest, most, needs, slots_of
+from berth.ray.serve_config import fewest, most, needs, selected, slots_of
 from berth.ray.state import parse_state
 from berth.ray.types import RayState
 
@@ -32,8 +32,8 @@ class Outcome:
     joining: bool = False
 
 
-def lives(serve: Mapping[str, Any]) -> dict[str, Live]:
-    """Serve's REST details -> what the rollout looks at."""
+def lives(serve: Mapping[str, Any], slot_of: Mapping[str, str] | None = None) -> dict[str, Live]:
+    """Serve's REST details -> what the rollout looks at. ``slot_of``: the slot of each Ray node, by its id."""
     found = {}
     for name, app in (serve.get("applications") or {}).items():
         deployments = list((app.get("deployments") or {}).values())
@@ -54,9 +54,20 @@ def lives(serve: Mapping[str, Any]) -> dict[str, Live]:
             stopping=sum(1 for replica in replicas if replica.get("state") == "STOPPING"),
             config=app.get("deployed_app_config"),
             route=app.get("route_prefix"),
-            slots=slots_of(name, (str(item["name"]) for item in deployments)),
+            slots=_slots(name, deployments, slot_of or {}),
         )
     return found
+
+
+def _slots(name: str, deployments: Sequence[Mapping[str, Any]], slot_of: Mapping[str, str]) -> tuple[str, ...]:
+    """Where an app of ours may hold memory: of a pool, where Serve may put replicas, and where they still are."""
+    if name.rpartition("@")[2] != POOL:
+        return slots_of(name, (str(item["name"]) for item in deployments))
+    found = {slot for item in deployments for slot in selected(item.get("deployment_config") or {})}
+    for item in deployments:
+        for replica in item.get("replicas") or []:
+            found |= {slot_of[replica["node_id"]]} if replica.get("node_id") in slot_of else set()
+    return tuple(sorted(found))
 
 
 def gist(message: str) -> str:
@@ -92,7 +103,7 @@ def reconcile(client: RayClient, plan: Plan, wanted: Wanted, retry_failed: bool)
     if missing := missing_slots(plan, state, holding=True):
         return Outcome("wait", f"slots {', '.join(missing)} to join the Ray cluster", joining=True)
     check_feasible(plan, wanted, state)
-    live = lives(serve)
+    live = lives(serve, {node.node_id: node.slot for node in state.nodes if node.slot})
     try:
         step = next_step(live, wanted, retry_failed)
     except BerthError as error:

@@ -3,11 +3,13 @@
 ``next_step`` looks only at the present, so a rollout that was killed goes on where it stood. In every step a slot is
 promised no more than it has, and a berth that stays is not touched. A berth whose process must be another (its
 arguments or actor options change) counts as one that goes and comes: off the gateway's table first, and never all of
-a model's berths at once where it has more than one.
+a model's berths at once where it has more than one. A pool that must be another is left to Serve's own rolling update
+where that leaves replicas that answer: it stays on the table, because Serve takes each replica out before it stops it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +21,20 @@ from berth.ray.serve_config import (
     BUILD_GATEWAY,
     GATEWAY,
     ServeOptions,
+    at_least,
     fewest,
     gateway_app,
     gateway_table,
+    is_pool,
     most,
     needs,
 )
 
 Config = Mapping[str, Any]
 Change = Literal["same", "new", "adjust", "shrink", "restart"]
+ROLLED_AT_ONCE = 0.2
+"""The part of a deployment's replicas, at least one, that Serve restarts at once (Ray 2.60: the default of
+``rolling_update_percentage``), each stopped before the one in its place starts (``max_surge_percent`` 0)."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,36 @@ class _Now:
         """What becomes of a wanted berth."""
         return _change(self.ours.get(name), self.wanted.berths[name])
 
+    def rolled(self, name: str) -> Config | None:
+        """A pool's new config, where Serve itself can restart its replicas under load; None for anything else.
+
+        Serve stops no more of them than leave all but ``ROLLED_AT_ONCE`` of those that it wants, and starts what is
+        missing first. So it is told for as long to want enough that, however few there are, some are left.
+        """
+        present, target = self.ours.get(name), self.wanted.berths.get(name)
+        if present is None or target is None or not is_pool(target) or _change(present, target) != "restart":
+            return None
+        running, least = self.live[name].running, max(1, self.wanted.min_available.get(_model(target), 1))
+        if not running:
+            return None if fewest(present) else target
+        want = next(count for count in itertools.count(1) if count - max(1, int(ROLLED_AT_ONCE * count)) >= least)
+        return at_least(target, want) if running >= least and want <= most(target) else None
+
+    def rolls(self, name: str) -> bool:
+        """Whether this is a pool that Serve itself restarts, some replicas at a time, while enough others answer."""
+        return self.rolled(name) is not None
+
+    def at_work(self, name: str) -> bool:
+        """A pool that Serve restarts already: it may never be through with what the plan no longer wants."""
+        return self.live[name].status == "DEPLOYING" and self.rolls(name)
+
+    def held_up(self, name: str) -> bool:
+        """A pool that Serve was told to want more of while it restarts them, and does."""
+        app = self.ours.get(name)
+        if app is None or not is_pool(app) or self.live[name].status != "DEPLOYING" or self.change(name) == "restart":
+            return False
+        return fewest(app) > fewest(self.wanted.berths[name])
+
     def pending(self) -> list[str]:
         """Wanted berths that are not there yet, or not yet as they should be; shrinking comes last."""
         return [name for name in self.wanted.berths if self.change(name) not in ("same", "shrink")]
@@ -135,7 +172,8 @@ class _Now:
         return tuple(sorted((planned & (before.keys() | after.keys())) - up)) if self.gateway else ()
 
     def _answers(self, name: str, ours: Mapping[str, Config]) -> bool:
-        stays = name in self.ours and name in ours and _change(self.ours[name], ours[name]) != "restart"
+        stays = name in self.ours and name in ours
+        stays = stays and (_change(self.ours[name], ours[name]) != "restart" or self.rolls(name))
         # One that sleeps answers, once it is awake.
         return stays and (self.live[name].running > 0 or not fewest(self.ours[name]))
 
@@ -156,7 +194,11 @@ def next_step(live: Mapping[str, Live], wanted: Wanted, retry_failed: bool = Fal
         if not retry_failed:
             raise BerthError("; ".join(f"{name} failed to deploy: {live[name].message.strip()}" for name in failed))
         return _clear(now, failed)
-    make = {name: app for name, app in _fitting(now).items() if not now.full(name) or now.change(name) != "restart"}
+    make = {
+        name: now.rolled(name) or app
+        for name, app in _fitting(now).items()
+        if (not now.full(name) or now.change(name) != "restart" or now.at_work(name)) and not now.held_up(name)
+    }
     gateway = now.gateway
     if gateway is None and wanted.models and GATEWAY not in now.leaving:
         gateway = gateway_app(_table(now), wanted.options)
@@ -179,7 +221,11 @@ def _switch_or_break(now: _Now) -> Step:
         return now.put("remove the gateway", now.ours, None)
     changes = _changes(now)
     if now.gateway is not None:
-        going = {name for name, target in changes.items() if not target or _change(now.ours[name], target) == "restart"}
+        going = {
+            name
+            for name, target in changes.items()
+            if not target or (_change(now.ours[name], target) == "restart" and not now.rolls(name))
+        }
         gateway = gateway_app(_table(now, going), now.wanted.options)
         if _change(now.gateway, gateway) != "same":
             return now.put("switch the gateway's table", now.ours, gateway)
@@ -203,7 +249,8 @@ def _switch_or_break(now: _Now) -> Step:
 def _fitting(now: _Now) -> dict[str, Config]:
     """Pending berths that fit beside everything that is there now, new ones first.
 
-    A slot counts as full while anything drains there. Room that a restart will free counts once it is free.
+    A slot counts as full while anything drains there, and for others while Serve is at work on a pool there: how much
+    its replicas of before still hold is in no config any more. Room that a restart will free counts once it is free.
     """
     capacity = now.wanted.capacity_mib
     used: dict[str, int] = dict.fromkeys(capacity, 0)
@@ -213,13 +260,18 @@ def _fitting(now: _Now) -> dict[str, Config]:
     for name in now.leaving:
         for slot in now.live[name].slots or (name.rpartition("@")[2],):
             used[slot] = used.get(slot, 0) + capacity.get(slot, 0)
+    for name, app in now.ours.items():
+        for slot in set(now.live[name].slots) - _vram(app).keys() if is_pool(app) else ():
+            used[slot] = used.get(slot, 0) + capacity.get(slot, 0)
     fitting = {}
-    berths = now.wanted.berths
+    berths, rolling = now.wanted.berths, _rolling(now)
     order = {name: (now.change(name) == "restart", -sum(_vram(berths[name]).values()), name) for name in now.pending()}
     for name in sorted(order, key=lambda name: order[name]):
         app, present = berths[name], now.ours.get(name)
         held = _vram(present) if present else {}
         extra = {slot: mib - held.get(slot, 0) for slot, mib in _vram(app).items()}
+        if name in now.leaving or any(extra.keys() & slots for other, slots in rolling.items() if other != name):
+            continue
         if all(used.get(slot, 0) + mib <= capacity.get(slot, 0) for slot, mib in extra.items()):
             fitting[name] = app
             for slot, mib in extra.items():
@@ -227,11 +279,20 @@ def _fitting(now: _Now) -> dict[str, Config]:
     return fitting
 
 
+def _rolling(now: _Now) -> dict[str, set[str]]:
+    """The pools that Serve is at work on, with their slots."""
+    return {
+        name: set(_vram(app))
+        for name, app in now.ours.items()
+        if is_pool(app) and now.live[name].status == "DEPLOYING" and now.live[name].running
+    }
+
+
 def _changes(now: _Now) -> dict[str, Config | None]:
     """What may go next: berths to remove (None), to shrink or to restart (their new config).
 
     First what costs no model its last berth. Then, when nothing drains that could make room instead, what stands in
-    the way of berths that wait for room, and restarts of single berths.
+    the way of berths that wait for room, and restarts of single berths; at last pools that stand in each other's way.
     """
     berths, pending, restarts = now.wanted.berths, now.pending(), _fitting(now)
     unfinished = {_model(berths[name]) for name in pending}
@@ -241,25 +302,40 @@ def _changes(now: _Now) -> dict[str, Config | None]:
     in_the_way = [name for name in ends if blocked & _vram(now.ours[name]).keys()]
     choices = [[*finished, *_some(now, restarts)]]
     if not now.leaving:
-        free = [name for name in (*in_the_way, *restarts) if _model(now.ours[name]) not in now.wanted.min_available]
-        choices += [_some(now, in_the_way), free]
-    return {name: _in_place(now, name) for name in next(filter(None, choices), [])}
+        moves = [name for name in pending if name not in restarts and _leaves(now, name, blocked)]
+        free, first = (
+            [name for name in names if _model(now.ours[name]) not in now.wanted.min_available]
+            for names in ((*in_the_way, *restarts), moves)
+        )
+        choices += [_some(now, in_the_way), free, first[:1]]
+    found = next(filter(None, choices), [])
+    return {name: _in_place(now, name) if name in restarts or name in ends else None for name in found}
+
+
+def _leaves(now: _Now, name: str, slots: Iterable[str]) -> bool:
+    """Whether it holds more now on one of ``slots`` than it will."""
+    if name not in now.ours:
+        return False
+    held, target = _vram(now.ours[name]), _vram(now.wanted.berths[name])
+    return any(held.get(slot, 0) > target.get(slot, 0) for slot in slots)
 
 
 def _in_place(now: _Now, name: str) -> Config | None:
     """Its new config; None when it has to go first: what a part of it holds on a slot that it leaves is Serve's to tell
-    only while the app is being deleted."""
+    only while the app is being deleted, but for pools."""
     target = now.wanted.berths.get(name)
-    return target if target is None or _vram(target).keys() == _vram(now.ours[name]).keys() else None
+    if target is None or _vram(target).keys() == _vram(now.ours[name]).keys():
+        return target and (now.rolled(name) or target)
+    return now.rolled(name)
 
 
 def _some(now: _Now, names: Iterable[str]) -> list[str]:
     """Of each model at most half of the berths that are ready, so that one is left, or as many as leave its
-    ``min_available`` replicas; and all that are not ready."""
+    ``min_available`` replicas; all that are not ready, and pools that Serve can restart under load."""
     chosen, taken = [], Counter[str]()
     for name in sorted(names):
         model = _model(now.ours[name])
-        if not now.ready(name):
+        if not now.ready(name) or now.rolls(name):
             chosen.append(name)
             continue
         ready = [other for other, app in now.ours.items() if _model(app) == model and now.ready(other)]
@@ -333,8 +409,9 @@ def _refuse_foreign_clash(now: _Now) -> None:
 
 def _words(now: _Now, changes: Mapping[str, Config | None]) -> str:
     restarts = [name for name, target in changes.items() if target and _change(now.ours[name], target) == "restart"]
+    rolls = [name for name in restarts if now.rolls(name)]
     breaks = [name for name in changes if name not in restarts]
-    parts = [("break", breaks), ("restart", restarts)]
+    parts = [("break", breaks), ("restart", [name for name in restarts if name not in rolls]), ("roll", rolls)]
     return "; ".join(f"{verb} {', '.join(sorted(names))}" for verb, names in parts if names)
 
 
@@ -345,7 +422,7 @@ def _change(present: Config | None, target: Config) -> Change:
     found, wanted = _essence(present), _essence(target)
     if found == wanted:
         return "same"
-    if any(found[key] != wanted[key] for key in ("name", "import_path", "args", "env", "actor")):
+    if any(found[key] != wanted[key] for key in ("name", "import_path", "args", "env", "actor", "per_node")):
         return "restart"
     return "shrink" if most(present) > most(target) else "adjust"
 
@@ -363,6 +440,7 @@ def _essence(app: Config) -> dict[str, Any]:
             for item in app["deployments"]
             for actor in [item.get("ray_actor_options") or {}]
         ],
+        "per_node": deployment.get("max_replicas_per_node"),
         **{
             key: deployment.get(key)
             for key in (

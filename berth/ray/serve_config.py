@@ -1,4 +1,4 @@
-"""Plan + app list -> Serve's declarative config: one app per berth, and the gateway's."""
+"""Plan + app list -> Serve's declarative config: one app per berth or pool, and the gateway's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from berth.codec import STRICT
 from berth.errors import BerthError
 from berth.plan.apps import AppSpec
-from berth.plan.types import Berth, Plan, PlannedFootprint, Slot
+from berth.plan.pools import Pool, pools_of
+from berth.plan.types import POOL, Berth, Plan, PlannedFootprint, Slot
 
 GATEWAY = "berth-gateway"
 BUILD = "berth.engines.app:build"
@@ -55,7 +56,7 @@ def node_name(model: str, slot: str) -> str:
 
 
 def slots_of(app: str, deployments: Iterable[str]) -> tuple[str, ...]:
-    """The slots of an app of ours, from its name and its deployments' names."""
+    """The slots of a berth's app, from its name and its deployments' names."""
     first = app.rpartition("@")[2]
     return (first, *(name.partition(NODE)[2] for name in deployments if NODE in name))
 
@@ -136,13 +137,50 @@ def _actor(spec: AppSpec, berth: Berth, slot: Slot) -> dict[str, Any]:
     }
 
 
+def pool_app(
+    spec: AppSpec, pool: Pool, slots: Sequence[Slot], options: ServeOptions, footprint: PlannedFootprint | None = None
+) -> dict[str, Any]:
+    """The Serve app of a pool over ``slots``: that of a berth, but for where Serve may put the replicas.
+
+    ``max_replicas_per_node`` keeps Serve from filling a slot with what the others have reserved there. It and the
+    selector restart replicas when they change (Ray 2.60, serve/_private/version.py).
+    """
+    place = Berth(
+        pool.deployment,
+        POOL,
+        pool.fewest,
+        max(berth.vram_mib for berth in pool.berths),
+        "",
+        pool.most - pool.fewest,
+    )
+    # Cards of one product may differ by some MiB; an engine on the largest keeps within the footprint too.
+    app = berth_app(spec, place, max(slots, key=lambda slot: slot.total_mib), options, footprint)
+    deployment = app["deployments"][0]
+    deployment["max_replicas_per_node"] = pool.each
+    deployment["ray_actor_options"]["label_selector"] = {"berth.slot": f"in({','.join(pool.slots)})"}
+    return app
+
+
+def selected(deployment: Mapping[str, Any]) -> tuple[str, ...]:
+    """The slots that a deployment of ours may be on."""
+    text = str((deployment.get("ray_actor_options") or {}).get("label_selector", {}).get("berth.slot", ""))
+    return tuple(text.removeprefix("in(").removesuffix(")").split(",")) if text else ()
+
+
+def is_pool(app: Mapping[str, Any]) -> bool:
+    """Whether an app of ours is a pool's."""
+    return str(app["name"]).rpartition("@")[2] == POOL
+
+
 def needs(app: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """What an app asks Ray for on each slot, with all the replicas that Serve may make of it."""
+    """What an app asks Ray for on each slot, with all the replicas that Serve may make of it there."""
     found: dict[str, dict[str, float]] = {}
     for deployment in app["deployments"]:
-        actor, count = deployment["ray_actor_options"], most({"deployments": [deployment]})
+        actor = deployment["ray_actor_options"]
+        count = deployment.get("max_replicas_per_node") or most({"deployments": [deployment]})
         here = {"VRAM_MB": actor["resources"]["VRAM_MB"], "GPU": actor["num_gpus"], "CPU": actor["num_cpus"]}
-        found[actor["label_selector"]["berth.slot"]] = {key: value * count for key, value in here.items()}
+        for slot in selected(deployment):
+            found[slot] = {key: value * count for key, value in here.items()}
     return found
 
 
@@ -171,6 +209,16 @@ def fewest(app: Mapping[str, Any]) -> int:
     deployment = app["deployments"][0]
     scaling = deployment.get("autoscaling_config")
     return int(scaling["min_replicas"] if scaling else deployment["num_replicas"])
+
+
+def at_least(app: Mapping[str, Any], count: int) -> Mapping[str, Any]:
+    """The app with no fewer than ``count`` replicas where Serve scales it, and as it is where it does not."""
+    deployment = app["deployments"][0]
+    scaling = deployment.get("autoscaling_config")
+    if not scaling or scaling["min_replicas"] >= count:
+        return app
+    scaled = {**deployment, "autoscaling_config": {**scaling, "min_replicas": count}}
+    return {**app, "deployments": [scaled, *app["deployments"][1:]]}
 
 
 def most(app: Mapping[str, Any]) -> int:
@@ -234,7 +282,7 @@ def _table_berth(app: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def berth_apps(plan: Plan, specs: Sequence[AppSpec], options: ServeOptions) -> dict[str, dict[str, Any]]:
-    """Every berth of the plan as a Serve app, by name.
+    """Every berth and every pool of the plan as a Serve app, by name.
 
     Raises:
         BerthError: the plan names a deployment that the app list no longer has.
@@ -242,8 +290,9 @@ def berth_apps(plan: Plan, specs: Sequence[AppSpec], options: ServeOptions) -> d
     by_name = {spec.name: spec for spec in specs}
     slots = {slot.name: slot for slot in plan.slots}
     apps = {}
+    pools = pools_of(plan)
     for berth in plan.berths:
-        if not berth.leads:
+        if not berth.leads or berth.app in apps:
             continue
         if berth.deployment not in by_name:
             raise BerthError(
@@ -251,8 +300,12 @@ def berth_apps(plan: Plan, specs: Sequence[AppSpec], options: ServeOptions) -> d
                 allowed=", ".join(sorted(by_name)),
                 mend="ansible-playbook site.yml --tags plan,serve",
             )
-        slot = slots[berth.slot]
+        spec, slot = by_name[berth.deployment], slots[berth.slot]
         footprint = plan.footprints.get(berth.deployment, {}).get(slot.product)
-        team = [slots[name] for name in berth.team]
-        apps[berth.app] = berth_app(by_name[berth.deployment], berth, slot, options, footprint, team)
+        if pool := pools.get(berth.app):
+            places = [slots[name] for name in pool.slots]
+            apps[berth.app] = pool_app(spec, pool, places, options, footprint)
+        else:
+            team = [slots[name] for name in berth.team]
+            apps[berth.app] = berth_app(spec, berth, slot, options, footprint, team)
     return apps

@@ -156,7 +156,7 @@ def _plan_view(plan: Plan) -> Group:
     table = _table("slot", "GPU", "product", "VRAM", "plan", "foreign", "of", "berths")
     for slot in plan.slots:
         here = [berth for berth in plan.berths if berth.slot == slot.name]
-        planned = sum(berth.replicas * berth.vram_mib for berth in here)
+        planned = sum((berth.replicas + berth.reserved) * berth.vram_mib for berth in here)
         names = [_words(berth) for berth in here]
         table.add_row(
             slot.name,
@@ -173,6 +173,8 @@ def _plan_view(plan: Plan) -> Group:
 
 
 def _words(berth: Berth) -> str:
+    if berth.pool:
+        return f"{berth.deployment} (pool, up to {berth.replicas + berth.reserved})"
     if berth.team:
         return f"{berth.deployment} part {berth.team.index(berth.slot) + 1} of {len(berth.team)}"
     return f"{berth.deployment} x{berth.replicas}" if berth.replicas > 1 else berth.deployment

@@ -8,8 +8,10 @@ from typing import Literal
 
 from berth.gpu.types import Gpu, GpuProcess, HostGpus
 from berth.host.environment import Difference
+from berth.plan.pools import Pool, pools_of
+from berth.plan.reasons import listed
 from berth.plan.slots import UNACCOUNTED_TOLERANCE_MIB, driver_versions
-from berth.plan.types import Berth, Plan, Slot
+from berth.plan.types import POOL, Berth, Plan, Slot
 from berth.ray.serve_config import NODE
 from berth.ray.types import RayNode, RayState, Replica, ServeApp
 
@@ -86,7 +88,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class RowReplica:
-    """A replica that Ray says is on a GPU: its berth (Serve app), Serve's state of it, its pid once it has one.
+    """A replica that Ray says is on a GPU: its berth or pool, Serve's state of it, its pid once it has one.
 
     ``vram_mib`` is what the driver says its processes hold on this GPU, None where the driver does not tell.
     """
@@ -174,17 +176,19 @@ def verify(
 class _Standing:
     """A replica of one of our apps, with where Ray says it is.
 
-    ``app`` is the name of its berth: of a replica over several slots each part has its own.
+    ``app`` is the name of its berth: of a replica over several slots each part has its own, and of a pool's it is the
+    berth that it stands on, or the pool's where that is none of its. ``pool`` is the name of its pool, "" for none.
     """
 
     app: str
     replica: Replica
     slot: str | None
     host: str | None
+    pool: str = ""
 
     @property
     def label(self) -> str:
-        return f"{self.app} replica {self.replica.replica_id}"
+        return f"{self.pool or self.app} replica {self.replica.replica_id}"
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,7 @@ class _Scene:
     berths: Mapping[str, Berth]
     nodes: Mapping[str, RayNode]
     apps: Mapping[str, ServeApp]
+    pools: Mapping[str, Pool]
     standing: tuple[_Standing, ...]
 
     @property
@@ -218,9 +223,9 @@ class _Scene:
         return tuple(gpu for gpu in self.gpus(slot.host) if gpu.uuid in slot.gpu_uuids)
 
     def ours(self, app: str) -> bool:
-        """An app of this cluster by its name: ``model@slot`` with a slot that is or was ours."""
+        """An app of this cluster by its name: ``model@slot`` with a slot that is or was ours, or ``model@pool``."""
         _, at, slot = app.partition("@")
-        return bool(at) and (slot in self.slots or slot in self.plan.retired.values())
+        return bool(at) and (slot == POOL or slot in self.slots or slot in self.plan.retired.values())
 
     def planned_mib(self, slot: str) -> int:
         here = (berth for berth in self.plan.berths if berth.slot == slot)
@@ -249,15 +254,16 @@ def _scene(plan: Plan, ray: RayState, hosts: Mapping[str, HostGpus | str], clust
     slots = {slot.name: slot for slot in plan.slots}
     berths = {berth.name: berth for berth in plan.berths}
     nodes = {node.node_id: node for node in ray.nodes if node.alive}
-    scene = _Scene(plan, ray, hosts, cluster, slots, berths, nodes, {app.name: app for app in ray.apps}, ())
+    apps, pools = {app.name: app for app in ray.apps}, pools_of(plan)
+    scene = _Scene(plan, ray, hosts, cluster, slots, berths, nodes, apps, pools, ())
     standing = tuple(
-        _locate(scene, _berth(app.name, deployment.name), replica)
+        _locate(scene, app.name, deployment.name, replica)
         for app in sorted(ray.apps, key=lambda app: app.name)
         if app.name in berths or scene.ours(app.name)
         for deployment in app.deployments
         for replica in deployment.replicas
     )
-    return _Scene(plan, ray, hosts, cluster, slots, berths, nodes, scene.apps, standing)
+    return _Scene(plan, ray, hosts, cluster, slots, berths, nodes, apps, pools, standing)
 
 
 def _berth(app: str, deployment: str) -> str:
@@ -266,11 +272,14 @@ def _berth(app: str, deployment: str) -> str:
     return f"{model}@{slot}" if node else app
 
 
-def _locate(scene: _Scene, app: str, replica: Replica) -> _Standing:
+def _locate(scene: _Scene, app: str, deployment: str, replica: Replica) -> _Standing:
     node = scene.nodes.get(replica.node_id or "")
     slot = node.slot if node else None
     known = scene.slots.get(slot or "")
-    return _Standing(app, replica, slot, known.host if known else None)
+    host = known.host if known else None
+    if pool := scene.pools.get(app):
+        return _Standing(f"{pool.deployment}@{slot}" if slot in pool.slots else app, replica, slot, host, app)
+    return _Standing(_berth(app, deployment), replica, slot, host)
 
 
 def _finding(
@@ -334,7 +343,11 @@ def _node(slot: Slot, node: RayNode) -> Iterator[Finding]:
 def _apps(scene: _Scene) -> Iterator[Finding]:
     if not scene.ray_heard:
         return
+    for pool in scene.pools.values():
+        yield from _pool(scene, pool)
     for berth in scene.plan.berths:
+        if berth.pool:
+            continue
         slot = scene.slots.get(berth.slot)
         uuid = slot.gpu_uuids[0] if slot else None
         app = scene.apps.get(berth.app)
@@ -361,8 +374,41 @@ def _replicas(scene: _Scene, berth: Berth, uuid: str | None) -> Iterator[Finding
         if item.replica.state != "RUNNING" and not berth.reserved:
             yield _finding("replica_not_running", "drift", item.label, item.replica.state, "RUNNING", gpu_uuid=uuid)
         if item.replica.node_id is not None and item.slot != berth.slot:
-            found = f"on slot {item.slot}" if item.slot else f"on Ray node {item.replica.node_id}, which is no slot"
-            yield _finding("replica_wrong_slot", "drift", item.label, found, f"slot {berth.slot}", gpu_uuid=uuid)
+            wanted = f"slot {berth.slot}"
+            yield _finding("replica_wrong_slot", "drift", item.label, _whereabouts(item), wanted, gpu_uuid=uuid)
+
+
+def _pool(scene: _Scene, pool: Pool) -> Iterator[Finding]:
+    """Serve chooses where a pool's replicas are, and where it scales, how many: bounds are all there is."""
+    among = f"in the pool of {len(pool.slots)} slots ({listed(pool.slots)})"
+    app = scene.apps.get(pool.app)
+    if app is None:
+        yield _finding("app_missing", "drift", pool.app, "no such Serve app", f"{pool.count} RUNNING {among}")
+        return
+    if app.status != "RUNNING":
+        message = f"{app.status}: {app.message}" if app.message else app.status
+        yield _finding("app_not_running", "drift", pool.app, message, "RUNNING")
+    mine = [item for item in scene.standing if item.pool == pool.app]
+    running = sum(item.replica.state == "RUNNING" for item in mine)
+    if not pool.fewest <= running <= pool.most:
+        kind = "replica_missing" if running < pool.fewest else "replica_extra"
+        yield _finding(kind, "drift", pool.app, f"{running} RUNNING", f"{pool.count} {among}")
+    for item in mine:
+        if item.replica.state != "RUNNING" and pool.fewest == pool.most:
+            yield _finding("replica_not_running", "drift", item.label, item.replica.state, "RUNNING")
+        if item.replica.node_id is not None and item.slot not in pool.slots:
+            yield _finding("replica_wrong_slot", "drift", item.label, _whereabouts(item), f"a slot {among}")
+    for berth in pool.berths:
+        here = sum(item.app == berth.name and item.replica.state == "RUNNING" for item in mine)
+        if here > (most := berth.replicas + berth.reserved):
+            slot = scene.slots.get(berth.slot)
+            found, wanted = f"{here} RUNNING of the pool {pool.app}", f"{most} at most on this slot of the pool"
+            uuid = slot.gpu_uuids[0] if slot else None
+            yield _finding("replica_extra", "drift", berth.name, found, wanted, gpu_uuid=uuid)
+
+
+def _whereabouts(item: _Standing) -> str:
+    return f"on slot {item.slot}" if item.slot else f"on Ray node {item.replica.node_id}, which is no slot"
 
 
 def _wanted(berth: Berth) -> str:
@@ -566,13 +612,19 @@ def _orphans(scene: _Scene, gpu: Gpu, slot: Slot | None, processes: Sequence[Gpu
     if not scene.ray_heard:
         return
     # A replica that is starting has no pid in Ray's state yet, and may hold memory already.
-    starting = {item.app.partition("@")[2] for item in scene.standing if item.replica.pid is None}
+    starting = {slot for item in scene.standing if item.replica.pid is None for slot in _may_be_on(scene, item)}
     for process in processes:
         if process.slot in starting or (slot is not None and slot.name in starting):
             continue
         thing = f"pid {process.pid} ({process.command or 'unknown command'})"
         found = f"holds {_mib(process.vram_mib)} for cluster {scene.cluster}, slot {process.slot or 'unknown'}"
         yield _finding("orphan_process", "drift", thing, found, "a replica that Ray knows", gpu_uuid=gpu.uuid)
+
+
+def _may_be_on(scene: _Scene, item: _Standing) -> tuple[str, ...]:
+    """The slots that a replica without a pid may be starting on."""
+    pool = scene.pools.get(item.app)
+    return pool.slots if pool else (item.app.partition("@")[2],)
 
 
 def _strangers(
@@ -640,7 +692,7 @@ def _row(scene: _Scene, slot: Slot, at: int) -> Row:
     uuid = slot.gpu_uuids[at]
     gpu = scene.gpu(slot, uuid)
     replicas = tuple(
-        RowReplica(item.app, item.replica.state, item.replica.pid, _measured(scene, item, gpu))
+        RowReplica(item.pool or item.app, item.replica.state, item.replica.pid, _measured(scene, item, gpu))
         for item in scene.standing
         if item.slot == slot.name
     )

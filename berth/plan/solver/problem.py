@@ -252,7 +252,7 @@ def _jobs(
                 deployment=item,
                 strategy=own,
                 wanted=item.replicas,
-                sizes=tuple(_size(item, slot, team) for slot in kinds),
+                sizes=tuple(size_on(item, slot, team) for slot in kinds),
                 pins=frozenset(numbers[uuid] for uuid in item.pins if uuid in numbers) if item.pins else None,
                 team=team,
                 pool=pool,
@@ -327,7 +327,8 @@ def _rules(deployments: Sequence[Deployment], families: Mapping[str, int]) -> tu
     return apart, beside
 
 
-def _size(item: Deployment, slot: Slot, team: bool) -> int | None:
+def size_on(item: Deployment, slot: Slot, team: bool = False) -> int | None:
+    """MiB that a replica takes on each GPU of ``slot``, None where it may not be; a ``team`` fuses slots of one GPU."""
     if len(slot.gpu_uuids) != (1 if team else item.gpus_per_replica):
         return None
     if item.require_nvlink and not slot.nvlink_group:

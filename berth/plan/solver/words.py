@@ -86,10 +86,12 @@ def _berths(state: State, job: Job, shadow: Job | None, names: Mapping[Team, str
             counts[problem.slots[slot].name, problem.size(item, slot) or 0][place] += places
         for team in state.teams[item.index]:
             counts[names[team], max(problem.size(item, slot) or 0 for slot in team)][place] += 1
+    most = 0
     if job.pool:
+        most = min(max(job.wanted, job.deployment.max_replicas or 0), state.placed[job.index])
         _share_out(counts, job)
     return [
-        Berth(job.name, slot, replicas, size, "", reserved)
+        Berth(job.name, slot, replicas, size, "", reserved, pool=most)
         for (slot, size), (replicas, reserved) in counts.items()
         if replicas or reserved
     ]

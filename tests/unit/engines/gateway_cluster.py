@@ -2,7 +2,7 @@
 
 ``{"apps": [...]}`` sets Serve's apps and waits until they run, ``{"put": [...]}`` does not wait; ``{"kill": "chat@a"}``
 kills the process of one of that app's replicas; ``{"pids": "chat@a"}`` names them; ``{"details": true}`` asks for
-Serve's own. Each answer is a line of JSON; Ray's own go with the driver.
+Serve's own and for Ray's nodes. Each answer is a line of JSON; Ray's own go with the driver.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ WAIT_S = 120
 
 def main(port: int, temp_dir: str) -> None:
     import ray
-    from ray import serve
-    from ray.serve.context import _get_global_client
 
     ray.init(
         num_cpus=4,
@@ -34,6 +32,15 @@ def main(port: int, temp_dir: str) -> None:
         logging_level="ERROR",
         _temp_dir=temp_dir,
     )
+    obey(port)
+
+
+def obey(port: int) -> None:
+    """Serve on the Ray that this process is connected to, until standard input ends."""
+    import ray
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     client = _get_global_client()
     say({"ready": True})
@@ -45,7 +52,7 @@ def main(port: int, temp_dir: str) -> None:
             put(client, command["put"])
             say({"put": len(command["put"])})
         elif "details" in command:
-            say({"serve": client.get_serve_details()})
+            say({"serve": client.get_serve_details(), "nodes": [about(node) for node in ray.nodes()]})
         else:
             found = pids(client, command.get("kill") or command["pids"])
             if "kill" in command:
@@ -87,6 +94,16 @@ def settled(name: str, found: dict[str, Any], apps: list[dict[str, Any]]) -> boo
 def pids(client: Any, app: str) -> list[int]:
     deployments = client.get_serve_details()["applications"][app]["deployments"].values()
     return [item["pid"] for each in deployments for item in each["replicas"] if item["state"] == "RUNNING"]
+
+
+def about(node: dict[str, Any]) -> dict[str, Any]:
+    """A node as the dashboard's REST shows it."""
+    return {
+        "node_id": node["NodeID"],
+        "state": "ALIVE" if node["Alive"] else "DEAD",
+        "labels": node["Labels"],
+        "resources_total": node["Resources"],
+    }
 
 
 def say(what: dict[str, Any]) -> None:

@@ -113,3 +113,29 @@ def test_how_a_model_is_spread_over_its_slots() -> None:
     assert parallel_sizes(8, 2) == {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}
     assert parallel_sizes(8, 2, "data") == {"tensor_parallel_size": 8, "data_parallel_size": 2}
     assert parallel_sizes(8, 2, "tensor") == {"tensor_parallel_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            {"slots_per_replica": 2},
+            "slots_per_replica is not for a pool: .*; found: 2; allowed: 1, or placement: berths",
+        ),
+        ({"gpus_per_replica": 2}, "gpus_per_replica is not for a pool: .*; found: 2; allowed: 1"),
+        ({"prefix_affinity": 8}, "prefix_affinity is not for a pool: inside a pool Serve chooses the replica"),
+        ({"placement": "pools"}, "placement"),
+    ],
+)
+def test_what_a_pool_cannot_have(more: dict[str, Any], says: str) -> None:
+    app = {"name": "chat", "engine": "llm", "model": "org/chat", "replicas": 4, "vram_mib": 100, "placement": "pool"}
+    with pytest.raises(BerthError, match=says):
+        load_apps([app | more])
+
+
+def test_a_pool_is_planned_as_one_with_room_for_the_most() -> None:
+    app = {"name": "chat", "engine": "llm", "model": "org/chat", "replicas": 0, "vram_mib": 100, "placement": "pool"}
+    (made,) = load_apps([app | {"autoscaling": {"max_replicas": 8}, "fallback": "transformers"}])
+    assert (made.deployment().placement, made.deployment().max_replicas) == ("pool", 8)
+    (berths,) = load_apps([{key: value for key, value in app.items() if key != "placement"}])
+    assert berths.deployment().placement == "berths"

@@ -163,6 +163,25 @@ def test_standing_replicas_move_only_when_that_is_asked_for(tmp_path):
     assert (moved["changed"], again["changed"]) == (True, False)
 
 
+def test_a_pool_is_planned_turned_into_berths_and_refused_where_it_would_be_on_two_products(tmp_path):
+    path = tmp_path / "plan.json"
+    pool = {**CHAT, "placement": "pool"}
+    mixed, first, again, back = play(
+        tmp_path,
+        [
+            plan_task(path, apps=[pool], strategy="spread"),
+            plan_task(path, apps=[{**pool, "products": [L40S]}], strategy="spread"),
+            plan_task(path, apps=[{**pool, "products": [L40S]}], strategy="spread"),
+            plan_task(path, apps=[{**CHAT, "products": [L40S]}], strategy="spread"),
+        ],
+    )
+    assert "app chat: a pool is of one GPU product" in mixed["msg"]
+    assert f"found: {L40S} with 9828 MiB; {T4} with 9828 MiB" in mixed["msg"]
+    assert [(berth["slot"], berth["pool"]) for berth in first["plan"]["berths"]] == [("gpu01-0", 2), ("gpu01-1", 2)]
+    assert (first["changed"], again["changed"], again["changes"]) == (True, False, [])
+    assert [change["kind"] for change in back["changes"]] == ["regroup", "regroup"]
+
+
 def verify_task(lab: Lab, **changes: Any) -> tuple[str, dict[str, Any]]:
     state = RayState(tuple(lab.nodes.values()), tuple(lab.apps.values()))
     seen = {name: item if isinstance(item, str) else dump(item) for name, item in lab.hosts.items()}

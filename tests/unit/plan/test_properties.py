@@ -169,6 +169,8 @@ def check_counts(item: Deployment, plan: Plan) -> None:
     if item.placement == "pool" and item.gpus_per_replica == 1:
         # Serve may put as many on each slot as on the fullest, in any way, and all of them fit.
         assert len({berth.replicas + berth.reserved for berth in mine}) <= 1
+        places = sum(berth.replicas + berth.reserved for berth in mine)
+        assert {berth.pool for berth in mine} <= {min(places, item.replicas + extra)}
         assert (
             reserved + sum(berth.replicas for berth in mine) + sum(e.replicas + e.room for e in gone)
             >= item.replicas + extra

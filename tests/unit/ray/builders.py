@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from berth.plan.apps import AppSpec
+from berth.plan.apps import AppSpec, Autoscaling
+from berth.plan.pools import Pool
 from berth.plan.types import Berth, Plan, Slot
 from berth.ray.rollout import Wanted
-from berth.ray.serve_config import ServeOptions, berth_app
+from berth.ray.serve_config import ServeOptions, berth_app, pool_app
 
 L40S = "NVIDIA L40S"
 OPTIONS = ServeOptions(host="127.0.0.1", port=8000)
@@ -47,6 +48,29 @@ def team_app(model: str, *slots: str, vram: int = 2_000) -> dict[str, Any]:
     """The Serve app of one replica over ``slots``."""
     berth, places = Berth(model, slots[0], 1, vram, "test", team=slots), [slot(name) for name in slots]
     return berth_app(spec(model, slots_per_replica=len(slots)), berth, places[0], OPTIONS, team=places)
+
+
+def pooled(model: str, slots: Iterable[str], count: int, each: int = 1, vram: int = 2_000, most: int = 0) -> Pool:
+    """A pool of ``count`` (up to ``most``) replicas, ``each`` per slot at most."""
+    left, berths = count, []
+    for name in slots:
+        here = min(left, each)
+        left -= here
+        berths.append(Berth(model, name, here, vram, "test", each - here, pool=max(count, most)))
+    return Pool(model, tuple(berths))
+
+
+def pool(
+    model: str, *slots: str, count: int = 2, each: int = 1, vram: int = 2_000, version: int = 0, most: int = 0
+) -> dict[str, Any]:
+    """The Serve app of a pool over ``slots``, scaled by Serve up to ``most``; ``version`` as in ``app``."""
+    made = spec(
+        model,
+        placement="pool",
+        engine_args={"version": version},
+        autoscaling=Autoscaling(max_replicas=most) if most else None,
+    )
+    return pool_app(made, pooled(model, slots, count, each, vram, most), [slot(name) for name in slots], OPTIONS)
 
 
 def wanted(

@@ -16,7 +16,7 @@ from berth.ray.deploy import check_feasible, failure_logs, lives, missing_slots,
 from berth.ray.rollout import Wanted, next_step
 from berth.ray.serve_config import GATEWAY, gateway_app, gateway_table
 from berth.ray.state import parse_state, read_state
-from tests.unit.ray.builders import OPTIONS, app, node, plan, replica, serve_app, slot, wanted
+from tests.unit.ray.builders import OPTIONS, app, node, plan, pool, replica, serve_app, slot, wanted
 from tests.unit.ray.dashboard import TOKEN, Dashboard
 
 CAPACITY = {"gpu01-0": 8_000, "gpu01-1": 8_000}
@@ -264,6 +264,39 @@ def test_replicas_that_stop_still_hold_their_memory() -> None:
     assert (found.running, found.stopping) == (1, 2)
     full = wanted([config, app("rerank", "gpu01-0", 1, 6_000)], CAPACITY)
     assert next_step(lives(serve), full).kind != "put" or "rerank" not in next_step(lives(serve), full).why
+
+
+def test_a_pool_may_hold_memory_where_it_is_allowed_and_where_its_replicas_still_are() -> None:
+    config = pool("chat", "gpu01-0", "gpu01-1")
+    held = [replica("a", "STOPPING", node_id="n3"), replica("b", node_id="n1"), replica("c", node_id="strange")]
+    serve = {"applications": {"chat@pool": serve_app(config, replicas=held)}}
+    assert lives(serve)["chat@pool"].slots == ("gpu01-0", "gpu01-1")
+    nodes = {"n1": "gpu01-0", "n3": "gpu02-0"}
+    assert lives(serve, nodes)["chat@pool"].slots == ("gpu01-0", "gpu01-1", "gpu02-0")
+    # Serve forgets the config of an app that it deletes, and not that of its deployments.
+    serve["applications"]["chat@pool"] |= {"status": "DELETING", "deployed_app_config": None}
+    assert lives(serve)["chat@pool"].slots == ("gpu01-0", "gpu01-1")
+
+
+def test_a_pass_leaves_alone_what_a_pool_has_not_yet_left(dashboard: Dashboard, client: RayClient) -> None:
+    capacity = {"gpu01-0": 8_000, "gpu01-1": 8_000}
+    config = pool("chat", "gpu01-1", count=1, vram=8_000)
+    still = [replica("a", node_id="n1"), replica("b", "STARTING")]
+    dashboard.applications = {"chat@pool": serve_app(config, "DEPLOYING", still)}
+    made = plan([slot(name) for name in capacity], [RERANK])
+    rerank = app("rerank", "gpu01-0", vram=8_000)
+    reconcile(client, made, wanted([config, rerank], capacity), retry_failed=True)
+    assert put(dashboard) == ["chat@pool", GATEWAY], "rerank has no room before the pool's replica has left n1"
+    dashboard.applications = {"chat@pool": serve_app(config, "RUNNING", [replica("b", node_id="n2")])}
+    reconcile(client, made, wanted([config, rerank], capacity), retry_failed=True)
+    assert put(dashboard) == ["chat@pool", "rerank@gpu01-0", GATEWAY]
+
+
+def test_a_slot_must_hold_all_that_a_pool_may_put_there() -> None:
+    config = pool("chat", "gpu01-0", "gpu01-1", count=2, each=2, vram=5_000)
+    state = parse_state(NODES, {})
+    with pytest.raises(BerthError, match=r"slot gpu01-0 cannot hold .* 8000 VRAM_MB, 10000 are asked for"):
+        check_feasible(plan([], []), wanted([config], CAPACITY), state)
 
 
 def test_an_apps_message_and_its_deployments_are_told_once() -> None:

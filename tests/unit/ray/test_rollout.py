@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from berth.errors import BerthError
 from berth.ray.rollout import Live, Step, Wanted, next_step
 from berth.ray.serve_config import GATEWAY, ServeOptions
-from tests.unit.ray.builders import app, team_app, wanted
-from tests.unit.ray.fake_serve import App, FakeServe
+from tests.unit.ray.builders import app, pool, team_app, wanted
+from tests.unit.ray.fake_serve import App, FakeServe, claim, count_of
 
 TICKS = 600
 FOREIGN = {"name": "notes", "route_prefix": "/notes", "import_path": "notes:app", "runtime_env": {"env_vars": {}}}
@@ -71,23 +71,45 @@ def assert_is(serve: FakeServe, aim: Wanted) -> None:
 
 # ---- whatever is there, whatever is wanted -------------------------------------------------------------------
 
+Place = tuple[str, str | frozenset[str], int, int, int]
 PLACES = st.tuples(
     st.sampled_from("abcd"),
-    st.sampled_from(SLOTS),
+    # A berth on a slot, or a pool over some.
+    st.one_of(st.sampled_from(SLOTS), st.frozensets(st.sampled_from(SLOTS), min_size=1)),
     st.integers(1, 2),
     st.sampled_from([1_000, 2_000, 3_000, 4_000, 8_000]),
     st.integers(0, 1),
 )
 
 
-def fit(places: Sequence[tuple[str, str, int, int, int]]) -> list[dict[str, Any]]:
-    """As many of these as the slots hold."""
-    left, found = dict(CAPACITY), {}
+def fit(places: Sequence[Place]) -> list[dict[str, Any]]:
+    """As many of these as the slots hold; a model has a pool or berths."""
+    left, found = dict(CAPACITY), dict[str, dict[str, Any]]()
+    pools = dict[str, bool]()
     for model, place, count, vram, version in places:
-        if (model, place) not in found and count * vram <= left[place]:
-            left[place] -= count * vram
-            found[model, place] = app(model, place, count, vram, version)
+        made = (
+            app(model, place, count, vram, version)
+            if isinstance(place, str)
+            else pool_of(model, place, count, vram, version)
+        )
+        asked = claim(made)
+        is_pool = not isinstance(place, str)
+        if pools.get(model, is_pool) != is_pool or made["name"] in found:
+            continue
+        if all(mib <= left[slot] for slot, mib in asked.items()):
+            pools[model] = is_pool
+            found[made["name"]] = made
+            for slot, mib in asked.items():
+                left[slot] -= mib
     return list(found.values())
+
+
+def pool_of(model: str, slots: frozenset[str], each: int, vram: int, version: int) -> dict[str, Any]:
+    """A pool with room for one more replica than it has, unless that is its only one; every second one scales."""
+    room = each * len(slots)
+    most = room if room > 1 and len(slots) % 2 else 0
+    count = 1 if most else max(1, room - 1)
+    return pool(model, *sorted(slots), count=count, each=each, vram=vram, version=version, most=most)
 
 
 @st.composite
@@ -107,32 +129,37 @@ def never_down(before: Mapping[str, Any], aim: Wanted) -> set[str]:
     for model in {item["args"]["model"] for item in aim.berths.values()}:
         own = {name: item for name, item in aim.berths.items() if item["args"]["model"] == model}
         present = {name for name, item in before.items() if item["args"]["model"] == model}
-        restarts = {name for name in own if name in present and code(before[name]) != code(own[name])}
-        fits = all(fits_beside(place_of(item), before, aim) for item in own.values())
+        restarts = {
+            name
+            for name in own
+            if name in present and code(before[name]) != code(own[name]) and not survives(before[name], own[name])
+        }
+        fits = all(fits_beside(place, before, aim) for item in own.values() for place in claim(item))
         if present and fits and (not restarts or len(present | own.keys()) > 1):
             models.add(model)
     return models
 
 
+def survives(*configs: Mapping[str, Any]) -> bool:
+    """A pool that Serve restarts some replicas at a time, which leaves some."""
+    return all(item["name"].endswith("@pool") for item in configs) and max_of(configs[-1]) > 1
+
+
+def max_of(item: Mapping[str, Any]) -> int:
+    deployment = item["deployments"][0]
+    return int(deployment.get("num_replicas") or deployment["autoscaling_config"]["max_replicas"])
+
+
 def fits_beside(place: str, before: Mapping[str, Any], aim: Wanted) -> bool:
-    used = sum(size(item) for item in before.values() if place_of(item) == place)
+    used = sum(claim(item).get(place, 0) for item in before.values())
     for name, item in aim.berths.items():
-        if place_of(item) == place:
-            used += max(0, size(item) - (size(before[name]) if name in before else 0))
+        used += max(0, claim(item).get(place, 0) - (claim(before[name]).get(place, 0) if name in before else 0))
     return used <= aim.capacity_mib[place]
 
 
-def place_of(item: Mapping[str, Any]) -> str:
-    return str(item["deployments"][0]["ray_actor_options"]["label_selector"]["berth.slot"])
-
-
-def size(item: Mapping[str, Any]) -> int:
-    deployment = item["deployments"][0]
-    return int(deployment["ray_actor_options"]["resources"]["VRAM_MB"] * deployment["num_replicas"])
-
-
 def code(item: Mapping[str, Any]) -> Any:
-    return item["args"], item["deployments"][0]["ray_actor_options"]
+    deployment = item["deployments"][0]
+    return item["args"], deployment["ray_actor_options"], deployment.get("max_replicas_per_node")
 
 
 class Watched(FakeServe):
@@ -149,7 +176,7 @@ class Watched(FakeServe):
                 assert self.apps[name].running >= count, f"{name} lost a replica"
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(changes())
 def test_every_rollout_ends_at_the_plan_and_touches_only_what_it_names(
     pair: tuple[list[dict[str, Any]], list[dict[str, Any]]],
@@ -160,7 +187,7 @@ def test_every_rollout_ends_at_the_plan_and_touches_only_what_it_names(
     start, aim = config_of(serve), wanted(after, CAPACITY)
     stays = {name: item for name, item in start.items() if name in aim.berths and code(item) == code(aim.berths[name])}
     counts = {
-        name: min(item["deployments"][0]["num_replicas"], aim.berths[name]["deployments"][0]["num_replicas"])
+        name: min(count_of(item["deployments"][0]), count_of(aim.berths[name]["deployments"][0]))
         for name, item in stays.items()
     }
     serve.watch(never_down(start, aim), counts)  # type: ignore[attr-defined]
@@ -174,7 +201,7 @@ def test_every_rollout_ends_at_the_plan_and_touches_only_what_it_names(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(changes(), st.integers(0, 40), st.lists(PLACES, max_size=6))
 def test_a_rollout_killed_at_any_tick_goes_on_to_any_plan(
-    pair: tuple[list[dict[str, Any]], list[dict[str, Any]]], tick: int, other: list[tuple[str, str, int, int, int]]
+    pair: tuple[list[dict[str, Any]], list[dict[str, Any]]], tick: int, other: list[Place]
 ) -> None:
     before, after = pair
     serve = running(before)
@@ -441,6 +468,131 @@ def test_a_team_does_not_come_where_one_of_its_slots_is_full() -> None:
     aim = wanted([team_app("big", "gpu01-0", "gpu01-1", vram=6_000), app("b", "gpu02-0", vram=6_000)], CAPACITY)
     drive(serve, aim)
     assert_is(serve, aim)
+
+
+def test_berths_become_a_pool_and_berths_again_with_nobody_down_where_there_is_room() -> None:
+    berths = [app("chat", name) for name in SLOTS]
+    serve = running(berths)
+    aim = wanted([pool("chat", *SLOTS, count=4)], CAPACITY)
+    steps = drive(serve, aim)
+    assert why(steps) == [
+        "make chat@pool",
+        "switch the gateway's table",
+        f"break {', '.join(f'chat@{name}' for name in SLOTS)}",
+    ]
+    assert_is(serve, aim)
+    back = drive(serve, wanted(berths, CAPACITY))
+    assert why(back)[-2:] == ["switch the gateway's table", "break chat@pool"]
+    assert {step.down for step in (*steps, *back)} == {()}
+    assert serve.restarts == []
+
+
+def test_a_pool_in_place_of_berths_on_full_gpus_says_who_is_down() -> None:
+    serve = running([app("chat", name, vram=5_000) for name in SLOTS])
+    aim = wanted([pool("chat", *SLOTS, count=4, vram=5_000)], CAPACITY)
+    steps = drive(serve, aim)
+    assert_is(serve, aim)
+    assert [step.down for step in steps if step.why == "make chat@pool"] == [("chat",)]
+    assert lowest(running([app("chat", name, vram=5_000) for name in SLOTS]), aim, "chat") == 0
+
+
+def test_a_pool_on_full_gpus_that_may_not_go_is_refused_in_words() -> None:
+    serve = running([app("chat", name, vram=5_000) for name in SLOTS])
+    aim = replace(wanted([pool("chat", *SLOTS, count=4, vram=5_000)], CAPACITY), min_available={"chat": 1})
+    with pytest.raises(BerthError, match="chat cannot change: whichever of its berths goes"):
+        drive(serve, aim)
+    assert serve.served() == {"chat"}
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        pool("chat", "gpu01-0", "gpu01-1", "gpu02-1", count=3, vram=8_000),
+        pool("chat", *SLOTS[:3], count=3, vram=8_000, version=1),
+        pool("chat", *SLOTS, count=4, vram=8_000),
+        pool("chat", *SLOTS[:2], count=2, vram=8_000),
+    ],
+    ids=["another slot", "other arguments", "one more", "one less"],
+)
+def test_a_pool_on_full_gpus_is_restarted_by_serve_some_at_a_time(after: dict[str, Any]) -> None:
+    serve = running([pool("chat", *SLOTS[:3], count=3, vram=8_000)])
+    aim = wanted([after], CAPACITY)
+    steps = drive(serve, aim)
+    assert [text for text in why(steps) if "switch" not in text] == ["roll chat@pool"]
+    assert {step.down for step in steps} == {()}
+    assert serve.restarts == ["chat@pool"]
+    assert_is(serve, aim)
+    start = running([pool("chat", *SLOTS[:3], count=3, vram=8_000)])
+    assert lowest(start, aim, "chat") >= 1
+
+
+def test_what_a_pool_leaves_is_nobodys_until_its_last_replica_there_has_gone() -> None:
+    serve = running([pool("chat", *SLOTS[:3], count=3, vram=8_000)])
+    aim = wanted([pool("chat", *SLOTS[1:], count=3, vram=8_000), app("rerank", "gpu01-0", vram=8_000)], CAPACITY)
+    steps = drive(serve, aim)
+    assert [text for text in why(steps) if "switch" not in text] == ["roll chat@pool", "make rerank@gpu01-0"]
+    assert all("chat" not in step.down for step in steps)
+    assert_is(serve, aim)
+
+
+def test_a_pool_that_serve_has_scaled_down_to_one_gets_a_second_before_that_one_restarts() -> None:
+    serve = running([pool("chat", *SLOTS[:3], count=1, most=3)])
+    aim = wanted([pool("chat", *SLOTS[1:], count=1, most=3)], CAPACITY)
+    steps = drive(serve, aim)
+    assert [text for text in why(steps) if "switch" not in text] == ["roll chat@pool", "make chat@pool"]
+    rolled = next(app for app in steps[0].apps if app["name"] == "chat@pool")
+    assert rolled["deployments"][0]["autoscaling_config"]["min_replicas"] == 2
+    assert {step.down for step in steps} == {()}
+    assert_is(serve, aim)
+
+
+def test_a_pool_of_one_is_down_while_it_changes_and_says_so() -> None:
+    serve = running([pool("chat", *SLOTS[:2], count=1)])
+    steps = drive(serve, wanted([pool("chat", *SLOTS[:2], count=1, version=1)], CAPACITY))
+    assert [text for text in why(steps) if "switch" not in text] == ["restart chat@pool"]
+    assert ("chat",) in {step.down for step in steps}
+
+
+def test_a_pool_that_is_stuck_in_its_restart_is_cured_by_its_new_arguments() -> None:
+    serve = running([pool("chat", *SLOTS, count=2, most=4)])
+    live = serve.lives()
+    live["chat@pool"] = replace(live["chat@pool"], status="DEPLOYING", running=3)
+    assert next_step(live, wanted([pool("chat", *SLOTS, count=2, most=4)], CAPACITY)).kind == "wait"
+    step = next_step(live, wanted([pool("chat", *SLOTS, count=2, most=4, version=1)], CAPACITY))
+    assert (step.kind, step.why, step.down) == ("put", "make chat@pool", ())
+
+
+def test_a_pool_keeps_so_many_up_or_is_refused() -> None:
+    before, after = pool("chat", *SLOTS, count=4), pool("chat", *SLOTS, count=4, version=1)
+    aim = replace(wanted([after], CAPACITY), min_available={"chat": 3})
+    assert lowest(running([before]), aim, "chat") == 3
+    with pytest.raises(BerthError, match="chat cannot change"):
+        drive(running([before]), replace(aim, min_available={"chat": 4}))
+
+
+def test_a_pool_that_sleeps_changes_while_nobody_notices() -> None:
+    serve = running([app("rerank", "gpu01-0")])
+    drive(serve, wanted([pool("chat", *SLOTS, count=0, most=4), app("rerank", "gpu01-0")], CAPACITY))
+    steps = drive(serve, wanted([pool("chat", *SLOTS[1:], count=0, most=3), app("rerank", "gpu01-0")], CAPACITY))
+    assert [text for text in why(steps) if "switch" not in text] == ["roll chat@pool"]
+    assert {step.down for step in steps} == {()}
+
+
+def test_pools_that_stand_in_each_others_way_go_one_after_the_other() -> None:
+    serve = running([pool("a", "gpu01-0", "gpu01-1", vram=8_000), pool("b", "gpu02-0", "gpu02-1", vram=8_000)])
+    aim = wanted([pool("a", "gpu02-0", "gpu02-1", vram=8_000), pool("b", "gpu01-0", "gpu01-1", vram=8_000)], CAPACITY)
+    steps = drive(serve, aim)
+    assert why(steps)[:2] == ["switch the gateway's table", "break a@pool"]
+    assert all("b" not in step.down for step in steps), "b's room was free once a had gone"
+    assert_is(serve, aim)
+
+
+def test_more_replicas_of_a_pool_restart_none() -> None:
+    serve = running([pool("chat", *SLOTS, count=2)])
+    drive(serve, wanted([pool("chat", *SLOTS, count=4)], CAPACITY))
+    drive(serve, wanted([pool("chat", *SLOTS, count=3)], CAPACITY))
+    assert serve.restarts == []
+    assert serve.apps["chat@pool"].running == 3
 
 
 def test_nothing_wanted_leaves_only_what_is_foreign() -> None:

@@ -25,11 +25,13 @@ from berth.ray.serve_config import (
     fewest,
     gateway_app,
     gateway_table,
+    is_pool,
     most,
     needs,
+    pool_app,
     slots_of,
 )
-from tests.unit.ray.builders import OPTIONS, app, plan, slot, spec
+from tests.unit.ray.builders import OPTIONS, app, plan, pool, pooled, slot, spec
 
 # ray/serve/schema.py of Ray 2.60: those keys of ServeApplicationSchema, DeploymentSchema and RayActorOptionsSchema
 # that a config of ours may use.
@@ -42,6 +44,7 @@ DEPLOYMENT_KEYS = {
     "max_queued_requests",
     "backpressure_config",
     "graceful_shutdown_timeout_s",
+    "max_replicas_per_node",
     "user_config",
     "ray_actor_options",
 }
@@ -219,6 +222,56 @@ def test_a_berth_without_room_has_its_number() -> None:
     assert (fewest(config), most(config)) == (2, 2)
 
 
+def test_a_pool_is_one_app_with_one_deployment_over_its_slots() -> None:
+    slots = [slot("gpu01-0", total=8_600), slot("gpu01-2", total=8_500), slot("gpu01-10", total=8_500)]
+    made = plan(slots, [])
+    berths = tuple(reversed(pooled("chat", [item.name for item in slots], 4, each=2).berths))
+    apps = berth_apps(replace(made, berths=berths), [spec("chat", placement="pool")], OPTIONS)
+    assert list(apps) == ["chat@pool"]
+    config = apps["chat@pool"]
+    (deployment,) = config["deployments"]
+    assert (deployment["name"], deployment["num_replicas"], deployment["max_replicas_per_node"]) == ("chat", 4, 2)
+    assert actor(config) == {
+        "num_cpus": 0.5,
+        "num_gpus": 0.01,
+        "resources": {"VRAM_MB": 2_000},
+        "label_selector": {"berth.slot": "in(gpu01-0,gpu01-2,gpu01-10)"},
+    }
+    assert config["args"]["gpu_memory_utilization"] == math.floor(10_000 * 2_000 / 8_600) / 10_000
+    assert needs(config) == {item.name: {"VRAM_MB": 4_000, "GPU": 0.02, "CPU": 1.0} for item in slots}
+    assert is_pool(config)
+    assert not is_pool(berth())
+    (entry,) = gateway_table(["chat"], [config])["models"]["chat"]["berths"]
+    assert entry == {"app": "chat@pool", "replicas": 4, "limit": 4 * 64 + 64}
+
+
+def growing_pool(fewest: int) -> dict[str, Any]:
+    made = spec("chat", placement="pool", max_ongoing_requests=10, max_queued_requests=5, autoscaling=GROWS)
+    slots = ["gpu01-0", "gpu01-1", "gpu01-2"]
+    return pool_app(made, pooled("chat", slots, fewest, each=3, most=9), [slot(name) for name in slots], OPTIONS)
+
+
+def test_serve_scales_a_pool_between_its_bounds_and_to_nothing() -> None:
+    config = growing_pool(2)
+    deployment = config["deployments"][0]
+    assert "num_replicas" not in deployment
+    assert deployment["autoscaling_config"]["min_replicas"] == 2
+    assert deployment["autoscaling_config"]["max_replicas"] == 9
+    assert deployment["max_queued_requests"] == 95
+    assert needs(config)["gpu01-1"]["VRAM_MB"] == 6_000
+    (entry,) = gateway_table(["chat"], [config])["models"]["chat"]["berths"]
+    assert entry == {"app": "chat@pool", "replicas": 9, "wake_above": 45.0, "sleeps": False, "limit": 95}
+    (asleep,) = gateway_table(["chat"], [growing_pool(0)])["models"]["chat"]["berths"]
+    assert asleep["sleeps"] is True
+
+
+def test_a_pools_numbers_change_nothing_that_restarts_replicas() -> None:
+    two, four = pool("chat", "gpu01-0", "gpu01-1", count=2, each=2), pool("chat", "gpu01-0", "gpu01-1", count=4, each=2)
+    for config in (two, four):
+        del config["deployments"][0]["num_replicas"], config["deployments"][0]["max_queued_requests"]
+    assert two == four
+
+
 def test_the_gateway_asks_those_that_may_run_another_engine_than_vllm() -> None:
     allowed, asked, plain = berth(fallback="transformers"), berth(engine="transformers"), berth()
     assert allowed["args"]["fallback"] == "transformers"
@@ -257,11 +310,12 @@ def everything() -> dict[str, Any]:
         spec("grows", autoscaling=GROWS), Berth("grows", "gpu01-1", 1, 2_000, "test", 1), slot("gpu01-1"), FULL_OPTIONS
     )
     pair = berth_app(spec("big"), Berth("big", "gpu02-0", 1, 6_000, "test"), slot("gpu02-0", gpus=2), FULL_OPTIONS)
-    gateway = gateway_app(gateway_table(["chat", "big", "grows"], [berth_config, pair, grows]), FULL_OPTIONS)
+    fleet = growing_pool(2)
+    gateway = gateway_app(gateway_table(["chat", "big", "grows"], [berth_config, pair, grows, fleet]), FULL_OPTIONS)
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "127.0.0.1", "port": 8000},
-        "applications": [berth_config, pair, grows, gateway],
+        "applications": [berth_config, pair, grows, fleet, gateway],
     }
 
 

@@ -433,3 +433,142 @@ def test_a_part_on_another_slot_is_drift(lab):
     strayed = replace(node, replicas=(Replica("r3", "RUNNING", "node-a-1", 333),))
     lab.apps["chat@a-0"] = ServeApp("chat@a-0", "RUNNING", "", (leader, strayed))
     assert lab.one("replica_wrong_slot").object == "chat@b-0 replica r3"
+
+
+def _pool(lab: Lab, reserved: int = 0) -> None:
+    """chat as a pool of 2 replicas (with ``reserved``, of up to 2 + 2 * reserved) over a-0, a-1 and b-0."""
+    chat = next(berth for berth in lab.plan.berths if berth.deployment == "chat")
+    embed = tuple(berth for berth in lab.plan.berths if berth.deployment == "embed")
+    pooled = tuple(
+        replace(chat, slot=name, replicas=count, reserved=1 + reserved - count, pool=2 + 2 * reserved)
+        for name, count in (("a-0", 1), ("a-1", 1), ("b-0", 0))
+    )
+    lab.plan = replace(lab.plan, berths=(*pooled, *embed))
+    del lab.apps["chat@a-0"], lab.apps["chat@b-0"]
+    lab.hosts["a"] = host("a", _card(A0, 0, (engine(104, 1_900, "a-0"),)), _card(A1, 1, ()))
+    lab.hosts["b"] = host("b", _card(B0, 0, ()))
+    _stand(lab, ("a-0", 101), ("b-0", 103))
+
+
+def _stand(lab: Lab, *places: tuple[str, int]) -> None:
+    """The pool's replicas: Ray has each on a slot, the driver its memory there."""
+    replicas = [Replica(f"r{pid}", "RUNNING", f"node-{name}", pid) for name, pid in places]
+    lab.apps["chat@pool"] = app("chat@pool", *replicas)
+    for name, pid in places:
+        lab.process(f"GPU-{name}-0", engine(pid, 9_700, name))
+
+
+@pytest.mark.parametrize("places", [("a-0", "a-1"), ("a-0", "b-0"), ("b-0", "a-1")])
+def test_a_pools_replicas_may_stand_on_any_of_its_slots(lab, places):
+    _pool(lab)
+    for uuid in (A0, B0):
+        lab.gpu(uuid, processes=(), used_mib=20)
+    del lab.apps["embed@a-0"]
+    lab.plan = replace(lab.plan, berths=lab.plan.berths[:3])
+    _stand(lab, *zip(places, (301, 302), strict=True))
+    report = lab.report()
+    assert report.findings == ()
+    held = {row.slot: [(item.berth, item.pid, item.vram_mib) for item in row.replicas] for row in report.rows}
+    assert {slot for slot, here in held.items() if here} == set(places)
+    assert held[places[0]] == [("chat@pool", 301, 9_700)]
+    assert {row.planned_mib for row in report.rows} == {CHAT}, "each slot is promised its most"
+
+
+def test_a_pools_replica_on_a_slot_of_the_cluster_that_is_not_the_pools_is_drift(lab):
+    _pool(lab)
+    lab.plan = replace(lab.plan, berths=tuple(item for item in lab.plan.berths if item.name != "chat@b-0"))
+    finding = lab.one("replica_wrong_slot")
+    check(finding, "drift", "chat@pool replica r103", None, "on slot b-0", "a slot in the pool of 2 slots (a-0, a-1)")
+    assert lab.report().exit_code == 1
+
+
+def test_a_pools_replica_on_no_slot_is_drift(lab):
+    _pool(lab)
+    lab.apps["chat@pool"] = app(
+        "chat@pool", Replica("r1", "RUNNING", "node-a-0", 101), Replica("r2", "RUNNING", "x", 9)
+    )
+    assert lab.one("replica_wrong_slot").found == "on Ray node x, which is no slot"
+
+
+def test_more_of_a_pool_on_a_slot_than_it_is_reserved_for_is_drift(lab):
+    _pool(lab)
+    _stand(lab, ("a-0", 110), ("a-0", 111))
+    check(lab.one("replica_extra"), "drift", "chat@a-0", A0, "2 RUNNING of the pool chat@pool", "1 at most")
+
+
+@pytest.mark.parametrize(("count", "kinds"), [(1, ["replica_missing"]), (3, ["replica_extra"])])
+def test_a_pool_of_a_fixed_size_has_that_size(lab, count, kinds):
+    _pool(lab)
+    _stand(lab, *[("a-0", 101), ("b-0", 103), ("a-1", 105)][:count])
+    found = [finding for finding in lab.report().findings if finding.kind.startswith("replica")]
+    assert [finding.kind for finding in found] == kinds
+    check(found[0], "drift", "chat@pool", None, f"{count} RUNNING", "2 in the pool of 3 slots (a-0, a-1, b-0)")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_pool_that_serve_scales_is_as_wanted_within_its_bounds(lab, count):
+    _pool(lab, reserved=1)
+    _stand(lab, *[("a-0", 101), ("b-0", 103), ("a-1", 105), ("a-1", 106)][:count])
+    pool = lab.apps["chat@pool"]
+    coming = Replica("r9", "STARTING", None, None)
+    deployment = replace(pool.deployments[0], replicas=(*pool.deployments[0].replicas, coming))
+    lab.apps["chat@pool"] = replace(pool, deployments=(deployment,))
+    # It is starting somewhere in the pool: its memory there is nobody's yet.
+    lab.process(B0, engine(999, 4_000, "b-0"))
+    assert not {kind for kind in lab.kinds() if kind.startswith(("replica", "app", "orphan"))}
+
+
+@pytest.mark.parametrize(("count", "kind"), [(1, "replica_missing"), (5, "replica_extra")])
+def test_a_pool_out_of_its_bounds_is_drift(lab, count, kind):
+    _pool(lab, reserved=1)
+    _stand(lab, *[("a-0", 101), ("a-0", 102), ("b-0", 103), ("b-0", 104), ("a-1", 105)][:count])
+    check(lab.one(kind), "drift", "chat@pool", None, f"{count} RUNNING", "2 to 4 in the pool of 3 slots")
+
+
+def test_a_starting_replica_of_a_pool_does_not_excuse_memory_elsewhere(lab):
+    _pool(lab, reserved=1)
+    lab.plan = replace(lab.plan, berths=tuple(item for item in lab.plan.berths if item.name != "chat@b-0"))
+    lab.apps["chat@pool"] = app("chat@pool", Replica("r9", "STARTING", None, None))
+    lab.process(B0, engine(999, 4_000, "b-0"))
+    assert "pid 999" in [item.object[:7] for item in lab.report().findings if item.kind == "orphan_process"]
+
+
+def test_a_pools_process_on_another_gpu_of_the_pool_than_its_replicas_is_drift(lab):
+    _pool(lab)
+    lab.apps["chat@pool"] = app(
+        "chat@pool", Replica("r101", "RUNNING", "node-a-0", 101), Replica("r102", "RUNNING", "node-a-1", 102)
+    )
+    lab.gpu(B0, processes=(), used_mib=20)
+    lab.process(A0, engine(102, 9_700, "a-1"))
+    check(lab.one("process_wrong_gpu"), "drift", "chat@pool replica r102", A0, "pid 102 on GPU 0", f"a-1: {A1}")
+
+
+def test_a_pools_replica_over_its_footprint_is_drift(lab):
+    _pool(lab)
+    lab.process(B0, engine(103, 1_000, "b-0"))
+    check(lab.one("vram_over_footprint"), "drift", "chat@pool replica r103", B0, "10700 MiB", f"{CHAT} MiB")
+
+
+def test_a_pool_that_is_not_there_is_named_with_its_slots(lab):
+    _pool(lab, reserved=1)
+    del lab.apps["chat@pool"]
+    wanted = "2 to 4 RUNNING in the pool of 3 slots (a-0, a-1, b-0)"
+    check(lab.one("app_missing"), "drift", "chat@pool", None, "no such Serve app", wanted)
+
+
+def test_a_pool_that_does_not_run_is_drift(lab):
+    _pool(lab)
+    lab.apps["chat@pool"] = replace(lab.apps["chat@pool"], status="UNHEALTHY", message="two are gone")
+    check(lab.one("app_not_running"), "drift", "chat@pool", None, "UNHEALTHY: two are gone", "RUNNING")
+
+
+def test_what_is_left_of_the_berths_beside_the_pool_is_unplanned_and_none_of_its_replicas(lab):
+    _pool(lab)
+    lab.apps["chat@a-1"] = app("chat@a-1", Replica("old", "RUNNING", "node-a-1", 77))
+    assert lab.one("app_unplanned").object == "chat@a-1"
+    assert not {"replica_extra", "replica_missing"} & set(lab.kinds())
+
+
+def test_a_pool_that_is_left_beside_the_berths_is_unplanned(lab):
+    lab.apps["chat@pool"] = app("chat@pool", Replica("old", "RUNNING", "node-a-1", 77))
+    assert lab.one("app_unplanned").object == "chat@pool"
