@@ -13,12 +13,12 @@ WHEELHOUSE ?= .berth/wheelhouse
 HOST_PYTHON ?=
 HOST_PLATFORM ?=
 
-.PHONY: help setup up down verify preflight status test lint unit e2e docs molecule lab-engine lab-up lab-down lab-ssh \
+.PHONY: help setup up down verify preflight status test lint unit e2e e2e-main e2e-faults e2e-serving runtime docs molecule lab-engine lab-up lab-down lab-ssh \
 	wheelhouse clean
 .DEFAULT_GOAL := help
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: ## .venv with ansible and the berth command
 	@PYTHON="$(PYTHON)" ./setup.sh
@@ -35,12 +35,11 @@ preflight: setup ## What would fail later, all in one list; changes nothing
 down: setup ## Stop exactly what `make up` started
 	@$(PLAYBOOK) playbooks/teardown.yml $(ARGS)
 
+# Two lanes: what waits for Ray in one leaves the processors to the other.
 test: setup ## The whole gate: lint, unit tests, the main job end to end, the lab's default scenario
-	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory unit
-	@$(MAKE) --no-print-directory e2e
-	@docker info >/dev/null 2>&1 && $(MAKE) --no-print-directory molecule \
-	  || { docker info >/dev/null 2>&1 && exit 1; echo "SKIPPED the lab's scenario: no Docker engine answers (make lab-engine)"; }
+	@docker info >/dev/null 2>&1 && lab=molecule || lab=; \
+	  MAKE="$(MAKE)" tests/lanes.sh "e2e-main e2e-serving" "lint unit e2e-faults $$lab" && { [ "$$lab" ] \
+	  || echo "SKIPPED the lab's scenario: no Docker engine answers (make lab-engine)"; }
 
 lint: setup ## ruff, mypy, yamllint, ansible-lint
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -51,9 +50,20 @@ lint: setup ## ruff, mypy, yamllint, ansible-lint
 unit: setup ## Unit and property tests (a minute)
 	@$(BIN)/pytest tests/unit -m "not runtime" --numprocesses=logical --dist=loadfile $(ARGS)
 
-e2e: setup ## The main job on real Ray and the real engine, then the unit tests that need Ray (minutes)
-	@$(BIN)/pytest tests/e2e -v --durations=12 $(ARGS)
-	@$(BIN)/pytest tests/unit -m runtime $(ARGS)
+e2e: e2e-main e2e-faults e2e-serving ## The main job, its faults and the unit tests that need Ray: real Ray, real engine
+
+# Tests side by side share the environments: one of them installs, the others wait.
+runtime: setup
+	@flock .berth/runtime.lock $(PLAYBOOK) site.yml --tags runtime
+
+e2e-main: runtime
+	@$(BIN)/pytest tests/e2e/test_main_job.py -v --durations=12 $(ARGS)
+
+e2e-faults: runtime
+	@$(BIN)/pytest tests/e2e/test_faults.py tests/e2e/test_ray_runtime.py -v --durations=12 $(ARGS)
+
+e2e-serving: runtime
+	@$(BIN)/pytest tests/unit -m runtime -v --durations=12 $(ARGS)
 
 molecule: setup ## One scenario on lab hosts: SCENARIO=default|driver|upgrade|faults|secrets|ingress|gpu
 	@$(MAKE) --no-print-directory wheelhouse ARGS= LOCKS="$(LOCKS) $(wildcard molecule/$(SCENARIO)/files/runtime-*.txt)"

@@ -117,7 +117,9 @@ def wanted_from(plan: Plan, params: dict) -> Wanted:
     capacity = {slot.name: slot.vram_mib * len(slot.gpu_uuids) for slot in plan.slots}
     prefix = {app.name: app.prefix_affinity for app in apps}
     least = {app.name: app.min_available for app in apps if app.min_available is not None}
-    return Wanted(berth_apps(plan, apps, options), sorted(plan.deployments), capacity, options, prefix, least)
+    # What reads prompts for another model is nothing to ask for; the gateway hears of it with its first berth.
+    models = sorted(set(plan.deployments) - {app.name for app in apps if app.prefill_of})
+    return Wanted(berth_apps(plan, apps, options), models, capacity, options, prefix, least)
 
 
 def rehearsal(client: RayClient, wanted: Wanted) -> dict:

@@ -16,6 +16,8 @@ class Answer:
     response: str
     """The class of ray.serve.llm's that a whole answer is."""
     prompt_tokens: int
+    cached: bool = False
+    """The prompt had not to be read here."""
 
     def whole(self, words: list[str], finish: str, tokens: int | None = None) -> dict[str, Any]:
         """The answer in one piece; ``tokens``: how many it took, where that is not one for each of ``words``."""
@@ -45,8 +47,9 @@ class Answer:
         kind = "chat.completion.chunk" if self._chat else self.kind
         return f"data: {json.dumps({**self.about, 'object': kind, 'choices': choices, **more})}\n\n"
 
-    def _usage(self, count: int) -> dict[str, int]:
-        return usage(self.prompt_tokens, count)
+    def _usage(self, count: int) -> dict[str, Any]:
+        details = {"prompt_tokens_details": {"cached_tokens": self.prompt_tokens}} if self.cached else {}
+        return usage(self.prompt_tokens, count) | details
 
     @property
     def _chat(self) -> bool:

@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse, Response
 
 from berth.engines.errors import ApiError
 from berth.engines.http import RerankRequest, add_error_handlers, error_response, model_list, one_model, ranked, session
+from berth.engines.prefill import refuse_params
 from berth.engines.responses import ResponsesBody, asked_of, told
 from berth.engines.routes import Routes, serve_handle, serve_runs
 
@@ -50,6 +51,7 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
         return self._routes.choose(model_id).handle
 
     async def _get_response(self, *, body: Any, call_method: str, raw_request: Any = None) -> Any:
+        refuse_params(body)
         if hasattr(body, "messages"):
             try:
                 body = _sanitize_chat_completion_request(body)

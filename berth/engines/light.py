@@ -26,6 +26,7 @@ from berth.engines import light_answers as answers
 from berth.engines import light_responses
 from berth.engines.answers import Answer, in_kind, plain
 from berth.engines.errors import ApiError
+from berth.engines.prefill import PARAMS
 from berth.errors import BerthError
 from berth.gpu.sim import allocator
 
@@ -84,6 +85,12 @@ class LightServer:
         whole = answers.scores(self._about(asked, "score"), asked)
         return self._once(in_kind(whole, request, "ScoreResponse"))
 
+    def _kept(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Where the KV cache of a prompt lies, for who asked to keep it."""
+        if not (asked.get(PARAMS) or {}).get("do_remote_decode"):
+            return {}
+        return {PARAMS: {"do_remote_prefill": True, "remote_engine_id": self._model}}
+
     def _about(self, asked: dict[str, Any], prefix: str) -> dict[str, Any]:
         return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.get("model")}
 
@@ -94,7 +101,7 @@ class LightServer:
         try:
             if not asked.get("stream"):
                 await asyncio.sleep(self._token_s * len(words))
-                yield in_kind(answer.whole(words, finish), request, answer.response)
+                yield in_kind(answer.whole(words, finish) | self._kept(asked), request, answer.response)
                 return
             # As OpenAI's streams, one without a word comes first: who asks knows that he is being answered.
             yield answer.event("", first=True)

@@ -11,17 +11,23 @@ from typing import Any, cast
 
 from berth.engines.answers import Answer, usage
 from berth.engines.errors import ApiError
+from berth.engines.prefill import PARAMS
 
 TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 
 
 def chat(about: dict[str, Any], asked: dict[str, Any]) -> Answer:
     text = " ".join(str(message.get("content")) for message in asked.get("messages", ()))
-    return Answer(about, "chat.completion", "ChatCompletionResponse", count(text))
+    return Answer(about, "chat.completion", "ChatCompletionResponse", count(text), fetched(asked))
 
 
 def completion(about: dict[str, Any], asked: dict[str, Any]) -> Answer:
-    return Answer(about, "text_completion", "CompletionResponse", count(asked.get("prompt", "")))
+    return Answer(about, "text_completion", "CompletionResponse", count(asked.get("prompt", "")), fetched(asked))
+
+
+def fetched(asked: dict[str, Any]) -> bool:
+    """Whether the KV cache of the prompt came from another engine."""
+    return bool((asked.get(PARAMS) or {}).get("do_remote_prefill"))
 
 
 def words(model: str, asked: dict[str, Any], length: int) -> list[str]:

@@ -14,6 +14,7 @@ from ray import serve
 from starlette.responses import JSONResponse, Response
 
 from berth.engines.http import RerankRequest, add_error_handlers, answered, model_list, one_model, ranked, session
+from berth.engines.prefill import refuse_params
 from berth.engines.responses import ResponsesBody, asked_of, told
 from berth.engines.routes import Routes, serve_handle, serve_runs
 
@@ -111,4 +112,5 @@ class LightGateway:
 
     async def _answer(self, method: str, body: _Body) -> Response:
         asked = body.model_dump(exclude_unset=True)
+        refuse_params(asked)
         return await answered(self._routes.answer(body.model, method, asked, session=session()))

@@ -7,6 +7,7 @@ engine here uses vLLM's own executors over the GPUs the slot sees.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -28,7 +29,9 @@ from vllm.usage.usage_lib import UsageContext
 from berth.engines.batches import Batches
 from berth.engines.errors import invalid
 from berth.engines.fallback import NO_PLATFORM, CannotRun, cannot_run
+from berth.engines.prefill import TRANSFER_CONFIG
 from berth.engines.responses import no_responses
+from berth.engines.team import free_port, own_address
 from berth.plan.apps import parallel_sizes
 
 RUNNERS = {"llm": "generate", "embedding": "pooling", "rerank": "pooling"}
@@ -141,6 +144,8 @@ def llm_config_of(config: Mapping[str, Any]) -> LLMConfig:
         config["gpus"], len(config.get("team", ())) or 1, config.get("across_slots", "pipeline")
     )
     engine_args |= config.get("node", {})
+    if "prefill" in config or "prefill_of" in config:
+        engine_args["kv_transfer_config"] = TRANSFER_CONFIG | dict(engine_args.get("kv_transfer_config") or {})
     if config.get("gpu_memory_utilization") is not None:
         engine_args["gpu_memory_utilization"] = config["gpu_memory_utilization"]
     return LLMConfig(
@@ -152,8 +157,19 @@ def llm_config_of(config: Mapping[str, Any]) -> LLMConfig:
     )
 
 
+def _open_side_channel() -> None:
+    """Where other engines ask for KV caches. Ray would count ports from 20000 by a replica's rank in its deployment,
+    which is 0 in every berth of a host; the address goes with each request, so any free port does."""
+    address = own_address()
+    os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", address)
+    os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_PORT", str(free_port(address)))
+
+
 def slot_server(config: dict[str, Any]) -> SlotServer:
     """The server of one replica, not yet started; ``config`` as in berth.engines.app.build."""
-    server: SlotServer = SlotServer.sync_init(llm_config_of(config))
+    llm_config = llm_config_of(config)
+    if "kv_transfer_config" in llm_config.engine_kwargs:
+        _open_side_channel()
+    server: SlotServer = SlotServer.sync_init(llm_config)
     server._adapters = dict(config.get("adapters", {}))
     return server

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from berth.engines.errors import ApiError
+from berth.engines.prefill import refuse_params
 
 STORED = {
     "previous_response_id": "send the whole conversation as `input`",
@@ -31,9 +32,10 @@ def asked_of(body: ResponsesBody) -> dict[str, Any]:
     """The request as it goes to a berth. ``store`` is as in vLLM: taken, and nothing is kept.
 
     Raises:
-        ApiError: 400 where it refers to an answer that was kept, or wants to be answered later.
+        ApiError: 400 where it refers to an answer that was kept, wants to be answered later, or names an engine.
     """
     asked = body.model_dump(exclude_unset=True)
+    refuse_params(asked)
     for name, instead in STORED.items():
         if asked.get(name):
             message = f"`{name}` is not supported: no answers are kept here; {instead}."

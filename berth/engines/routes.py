@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from berth.engines.affinity import ADAPTER_SLACK, Affinity, home, keys_of
 from berth.engines.errors import ApiError, down, failure, full, refusal, unknown
+from berth.engines.prefill import for_decode, for_prefill
 
+UP_POLL_S = 0.25
 ENGINE_TIMEOUT_S = 2.0
 """A berth that is full answers no sooner than its requests end: what engine it runs can wait."""
 
@@ -24,7 +26,8 @@ class TableBerth:
 
     Where Serve scales it, ``wake_above`` is what all its replicas should have outstanding at most, beyond which another
     berth is woken; one that ``sleeps`` may be without a replica, and a request makes Serve start one.
-    ``may_differ``: its engine may be another than vLLM, and is asked.
+    ``may_differ``: its engine may be another than vLLM, and is asked. ``works_on``: requests that its replicas work on
+    at once, where they fetch prompts' KV caches from others.
     """
 
     app: str
@@ -35,6 +38,7 @@ class TableBerth:
     wake_above: float | None = None
     sleeps: bool = False
     may_differ: bool = False
+    works_on: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class _Model:
     berths: tuple[TableBerth, ...]
     prefix_slack: float
     """See berth.engines.affinity; 0: the beginning of a prompt does not count."""
+    prefill_of: str = ""
+    """The model whose prompts it reads; nobody asks for it by name."""
 
 
 class Routes:
@@ -60,6 +66,9 @@ class Routes:
         self._outstanding: Counter[str] = Counter()
         self._affinity = Affinity()
         self._engines: dict[str, dict[str, str]] = {}
+        self._prefills: dict[str, str] = {}
+        """The model that reads its prompts, by model."""
+        self._prefilled: Counter[tuple[str, str]] = Counter()
 
     def take(self, user_config: dict[str, Any]) -> None:
         """The new table. A berth that does not exist (yet, or any more) is left out, never an error: an exception
@@ -68,9 +77,11 @@ class Routes:
             model: _Model(
                 tuple(filter(None, (self._berth(model, berth) for berth in entry["berths"]))),
                 float(entry.get("prefix_affinity", 0)),
+                str(entry.get("prefill_of", "")),
             )
             for model, entry in sorted(user_config.get("models", {}).items())
         }
+        self._prefills = {model.prefill_of: name for name, model in self._models.items() if model.prefill_of}
         self._engines.clear()
         self._affinity.forget({berth.app for model in self._models.values() for berth in model.berths})
 
@@ -89,6 +100,7 @@ class Routes:
             wake_above=berth.get("wake_above"),
             sleeps=bool(berth.get("sleeps")),
             may_differ=bool(berth.get("may_differ")),
+            works_on=berth.get("works_on"),
         )
 
     def models(self) -> dict[str, list[str]]:
@@ -107,6 +119,8 @@ class Routes:
         """What a request may ask for: every model, then its adapters as ``model:adapter``."""
         found = []
         for name, model in self._models.items():
+            if model.prefill_of:
+                continue
             adapters = sorted({adapter for berth in model.berths for adapter in berth.adapters})
             found += [name, *(f"{name}:{adapter}" for adapter in adapters)]
         return found
@@ -142,7 +156,13 @@ class Routes:
         found: dict[str, Any] = {"models": models, "asleep": self.asleep(), "outstanding": self.outstanding()}
         if engines := self.engines():
             found["engines"] = engines
-        return 200 if all(models.values()) else 503, found
+        if self._prefills:
+            found["prefill"] = {
+                model: {word: self._prefilled[model, word] for word in ("apart", "alone")} for model in self._prefills
+            }
+        # Without those that read its prompts, a model still answers.
+        up = all(berths for name, berths in models.items() if not self._models[name].prefill_of)
+        return 200 if up else 503, found
 
     def named(self, asked: str | None) -> str:
         """The model that a request means: what it asks for, or the only one there is.
@@ -152,8 +172,8 @@ class Routes:
         """
         known = self.ids()
         if not asked:
-            if len(self._models) == 1:
-                return next(iter(self._models))
+            if len(models := [name for name, model in self._models.items() if not model.prefill_of]) == 1:
+                return models[0]
             raise ApiError(400, f"You must provide a model parameter; there are: {', '.join(known)}.", param="model")
         if asked not in known:
             raise unknown(asked)
@@ -204,11 +224,15 @@ class Routes:
         Raises:
             ApiError: nobody answers, or the engine refuses the request; only before the first part.
         """
-        name = self.named(asked)
+        async with aclosing(self._answer(self.named(asked), method, request, *more, session=session)) as parts:
+            async for part in parts:
+                yield part
+
+    async def _answer(self, name: str, method: str, request: Any, *more: Any, session: str) -> AsyncGenerator[Any]:
         keys = self._keys(name, request, session)
         berth = self.choose(name, keys, session=session)
         try:
-            async with aclosing(self._parts(berth, name, keys, method, request, *more)) as parts:
+            async with aclosing(self._parts(berth, name, keys, session, method, request, *more)) as parts:
                 async for part in parts:
                     yield part
             return
@@ -219,22 +243,25 @@ class Routes:
         except ApiError:
             raise first from None
         try:
-            async with aclosing(self._parts(berth, name, keys, method, request, *more)) as parts:
+            async with aclosing(self._parts(berth, name, keys, session, method, request, *more)) as parts:
                 async for part in parts:
                     yield part
         except _Elsewhere as left:
             raise left.error from None
 
     async def _parts(
-        self, berth: TableBerth, asked: str, keys: Sequence[int], method: str, *args: Any
+        self, berth: TableBerth, asked: str, keys: Sequence[int], session: str, method: str, request: Any, *more: Any
     ) -> AsyncGenerator[Any]:
-        """One berth's answer, counted as outstanding until its last part has come or nobody waits for it any more."""
+        """One berth's answer, counted as outstanding until its last part has come or nobody waits for it any more; from
+        before its prompt is read elsewhere, so that it has a place when that is done."""
         self._outstanding[berth.app] += 1
         self._affinity.remember(keys, berth.app)
         begun = ended = False
         response = None
         try:
-            response = getattr(berth.handle, method).remote(*args)
+            if asked.partition(":")[0] in self._prefills:
+                request = await self._read_apart(berth, asked, session, method, request, *more)
+            response = getattr(berth.handle, method).remote(request, *more)
             async for part in response:
                 if not begun and (error := refusal(part)) is not None:
                     raise error
@@ -256,6 +283,42 @@ class Routes:
                 with suppress(Exception):
                     response.cancel()
 
+    async def _read_apart(
+        self, berth: TableBerth, asked: str, session: str, method: str, request: Any, *more: Any
+    ) -> Any:
+        """The request with the KV cache of its prompt, which a berth of another model has read; as it was where that is
+        not possible, or would not be used at once: an engine that waited longer than the cache is kept would read
+        what is there by then (vLLM 0.29 does not look)."""
+        name, _, adapter = asked.partition(":")
+        prefill = self._prefills[name]
+        found, busy = None, berth.works_on is not None and self._outstanding[berth.app] > berth.works_on
+        reader = f"{prefill}:{adapter}" if adapter else prefill
+        shaped = for_prefill(request, method, reader)
+        if shaped is not None and not busy and not self._asleep(berth):
+            # Whatever goes wrong there does not here: the berth reads the prompt itself, or says what is wrong with it.
+            with suppress(ApiError, StopAsyncIteration):
+                async with aclosing(self._answer(reader, method, shaped, *more, session=session)) as parts:
+                    found = for_decode(request, await self._while_up(prefill, anext(parts)))
+        self._prefilled[name, "apart" if found is not None else "alone"] += 1
+        return request if found is None else found
+
+    async def _while_up(self, name: str, part: Awaitable[Any]) -> Any:
+        """``part``, unless every replica of model ``name`` is gone: Serve would wait until one has started again.
+
+        Raises:
+            ApiError: they are gone.
+        """
+        waiting = asyncio.ensure_future(part)
+        try:
+            while not waiting.done():
+                await asyncio.wait([waiting], timeout=UP_POLL_S)
+                if not waiting.done() and not any(map(self._up, self._berths(name))):
+                    raise down(name)
+            return await waiting
+        finally:
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
     def _wakes(self, awake: Sequence[TableBerth], asleep: Sequence[TableBerth]) -> TableBerth | None:
         """The sleeping berth that this request wakes, if it should.
 
@@ -267,6 +330,9 @@ class Routes:
         if any(berth.wake_above is None or self._outstanding[berth.app] < berth.wake_above for berth in awake):
             return None
         return next((berth for berth in asleep if not self._outstanding[berth.app]), None)
+
+    def _berths(self, name: str) -> tuple[TableBerth, ...]:
+        return self._models[name].berths if name in self._models else ()
 
     def _room(self, berth: TableBerth) -> bool:
         return berth.limit is None or self._outstanding[berth.app] < berth.limit

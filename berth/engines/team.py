@@ -85,7 +85,7 @@ class TeamNode:
         words = [sys.executable, "-m", "berth.engines.team_workers"]
         try:
             async with gpu_locks():
-                await child.start([*words, json.dumps({**self._config, "node": node})], {HOST_IP: _own_address()})
+                await child.start([*words, json.dumps({**self._config, "node": node})], {HOST_IP: own_address()})
                 yield JOINED
                 while child.returncode is None and not ready.is_set() and not any(end.done() for end in ends):
                     await asyncio.sleep(POLL_S)
@@ -138,10 +138,10 @@ class Team:
         Raises:
             RuntimeError: a node could not join.
         """
-        address = os.environ[HOST_IP] = _own_address()
-        lead = {"nnodes": len(self._slots), "master_addr": address, "master_port": _free_port(address)}
+        address = os.environ[HOST_IP] = own_address()
+        lead = {"nnodes": len(self._slots), "master_addr": address, "master_port": free_port(address)}
         if self._across == "data":
-            lead |= {"data_parallel_address": address, "data_parallel_rpc_port": _free_port(address)}
+            lead |= {"data_parallel_address": address, "data_parallel_rpc_port": free_port(address)}
         self._door = socket.create_server((address, 0), family=_family(address), backlog=len(self._nodes))
         threading.Thread(target=self._let_in, daemon=True).start()
         joined = [threading.Event() for _ in self._nodes]
@@ -192,13 +192,15 @@ class Team:
             self._links.append(self._door.accept()[0])
 
 
-def _own_address() -> str:
+def own_address() -> str:
+    """This node's address in the cluster."""
     import ray
 
     return str(ray.util.get_node_ip_address())
 
 
-def _free_port(address: str) -> int:
+def free_port(address: str) -> int:
+    """A port of ``address`` that nobody listens on now."""
     with socket.socket(_family(address)) as probe:
         probe.bind((address, 0))
         return int(probe.getsockname()[1])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from berth.codec import STRICT, load
+from berth.codec import STRICT, dump, load
 from berth.errors import BerthError
 from berth.plan.types import Affinity, Deployment, DomainName, PlacementName, StrategyName
 
@@ -42,6 +42,18 @@ TRANSFORMERS_ARGS = (
     "trust_remote_code",
 )
 """Engine arguments that the transformers engine has."""
+
+
+PREFILL_KEYS = (
+    "replicas", "vram_mib", "config", "concurrency", "gpus_per_replica", "strategy", "products", "num_cpus",
+    "max_ongoing_requests", "max_queued_requests", "prefix_affinity", "min_available", "engine_args", "env", "priority",
+    "spread_over", "min_compute_capability", "require_nvlink", "pins", "affinity", "anti_affinity", "load",
+)  # fmt: skip
+"""What the replicas that only read prompts may have otherwise than the model's own."""
+DERIVED_KEYS = ("prefill_of",)
+"""Set by load_apps, written by nobody."""
+SAME_CACHE = ("dtype", "kv_cache_dtype", "block_size")
+"""Engine arguments without which one engine cannot read the KV cache of another (vLLM 0.29 compares them as well)."""
 
 
 AcrossSlots = Literal["pipeline", "tensor", "data"]
@@ -96,6 +108,9 @@ class AppSpec:
     says how vLLM spreads it: a stage of the pipeline on each slot, one tensor parallel group over all their GPUs, or a
     data parallel rank on each (with ``engine_args.enable_expert_parallel``, a mixture's experts over all GPUs).
     ``placement`` "pool": one Serve deployment over several slots instead of a berth on each; Serve chooses among them.
+    With ``prefill``, replicas of their own read the prompts and hand the KV cache over; it has those keys of the app
+    (PREFILL_KEYS) that are otherwise for them, and ``load_apps`` makes an app of its own of it, which ``prefill_of``
+    names.
     From ``priority`` on, the planner's words: see ``berth.plan.types.Deployment``.
     """
 
@@ -131,6 +146,8 @@ class AppSpec:
     slots_per_replica: int = 1
     across_slots: AcrossSlots = "pipeline"
     placement: PlacementName = "berths"
+    prefill: dict[str, Any] | None = None
+    prefill_of: str = ""
 
     @property
     def given_mib(self) -> dict[str, int] | None:
@@ -165,13 +182,17 @@ class AppSpec:
 
 
 def load_apps(data: object) -> tuple[AppSpec, ...]:
-    """Read the app list (``serve_apps_list``), ordered by name.
+    """Read the app list (``serve_apps_list``), ordered by name; an app's ``prefill`` is an app beside it.
 
     Raises:
         BerthError: for an unknown key or value, a duplicate name, or an engine argument that Berth owns.
     """
     mend = "correct the entry in serve_apps_list"
-    apps = load(tuple[AppSpec, ...], data, "app list", mend)
+    listed = load(tuple[AppSpec, ...], data, "app list", mend)
+    for app in listed:
+        if written := [key for key in DERIVED_KEYS if getattr(app, key)]:
+            raise BerthError(f"app {app.name}: {written[0]}: unknown key", mend="write prefill into the app it is for")
+    apps = [*listed, *(_prefill(app, mend) for app in listed if app.prefill is not None)]
     seen: set[str] = set()
     for app in apps:
         if not NAME.match(app.name):
@@ -186,6 +207,62 @@ def load_apps(data: object) -> tuple[AppSpec, ...]:
         seen.add(app.name)
         _check(app, mend)
     return tuple(sorted(apps, key=lambda app: app.name))
+
+
+def prefill_name(app: str) -> str:
+    """The app whose replicas read the prompts of ``app``."""
+    return f"{app}-prefill"
+
+
+def _prefill(app: AppSpec, mend: str) -> AppSpec:
+    """The app of ``app.prefill``: as the model's own, but for its keys, and for what names single replicas or GPUs.
+
+    Raises:
+        BerthError: for keys that it cannot have, or a KV cache that the model's own replicas could not read.
+    """
+    own = app.prefill or {}
+    if unknown := sorted(own.keys() - set(PREFILL_KEYS)):
+        raise BerthError(
+            f"app {app.name}: prefill: unknown key",
+            found=", ".join(unknown),
+            allowed=", ".join(PREFILL_KEYS),
+            mend=mend,
+        )
+    for key, value, allowed in (
+        ("engine", app.engine, ("llm", "light")),
+        ("slots_per_replica", app.slots_per_replica, (1,)),
+        ("fallback", app.fallback, ("",)),
+    ):
+        if value not in allowed:
+            raise BerthError(
+                f"app {app.name}: {key} is not for a model with prefill apart",
+                found=value,
+                allowed=" or ".join(str(item) or "not set" for item in allowed),
+                mend=mend,
+            )
+    engine_args = own.get("engine_args") or {}
+    for key in SAME_CACHE:
+        if key in engine_args and engine_args[key] != app.engine_args.get(key):
+            raise BerthError(
+                f"app {app.name}: prefill.engine_args.{key}: the model's own replicas could not read its KV cache",
+                found=engine_args[key],
+                allowed=app.engine_args.get(key, "not set"),
+                mend="set it in the app's own engine_args, for both",
+            )
+    shared: dict[str, Any] = {key: value for key, value in dump(app).items() if key in PREFILL_KEYS}
+    shared |= {"replicas": 1, "min_available": None, "pins": (), "affinity": (), "anti_affinity": ()}
+    if "vram_mib" in own:
+        shared |= {"concurrency": None, "config": ""}
+    elif "concurrency" in own:
+        shared["vram_mib"] = None
+    made = shared | own | {"name": prefill_name(app.name), "engine": app.engine, "model": app.model}
+    made |= {"engine_args": {**app.engine_args, **engine_args}, "adapters": app.adapters, "prefill_of": app.name}
+    found: AppSpec = load(AppSpec, made, f"app {app.name}: prefill", mend)
+    if found.replicas < 1:
+        raise BerthError(
+            f"app {app.name}: prefill.replicas is too small", found=found.replicas, allowed=">= 1", mend=mend
+        )
+    return found
 
 
 def _check(app: AppSpec, mend: str) -> None:

@@ -387,7 +387,8 @@ def _clear(now: _Now, failed: Sequence[str]) -> Step:
     if now.gateway is not None and GATEWAY not in failed:
         left = {model: [name for name in names if name in keep] for model, names in _models(now.gateway).items()}
         berths = [keep[name] for names in left.values() for name in names]
-        gateway = gateway_app(gateway_table(left, berths, now.wanted.prefix_affinity), now.wanted.options)
+        asked_for = left.keys() - {_model(now.ours[name]) for name in failed if "prefill_of" in now.ours[name]["args"]}
+        gateway = gateway_app(gateway_table(asked_for, berths, now.wanted.prefix_affinity), now.wanted.options)
     return now.put(f"clear what failed before: {', '.join(failed)}", keep, gateway)
 
 

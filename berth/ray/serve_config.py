@@ -9,7 +9,7 @@ from typing import Any
 
 from berth.codec import STRICT
 from berth.errors import BerthError
-from berth.plan.apps import AppSpec
+from berth.plan.apps import AppSpec, prefill_name
 from berth.plan.pools import Pool, pools_of
 from berth.plan.types import POOL, Berth, Plan, PlannedFootprint, Slot
 
@@ -96,6 +96,8 @@ def berth_app(
             **({"adapters": dict(spec.adapters)} if spec.adapters else {}),
             **({"fallback": spec.fallback} if spec.fallback else {}),
             **({"team": [item.name for item in team], "across_slots": spec.across_slots} if team else {}),
+            **({"prefill": prefill_name(spec.name)} if spec.prefill is not None else {}),
+            **({"prefill_of": spec.prefill_of} if spec.prefill_of else {}),
         },
         "runtime_env": {"env_vars": env} if env else {},
         "deployments": [
@@ -253,11 +255,15 @@ def gateway_app(table: Mapping[str, Any], options: ServeOptions) -> dict[str, An
 def gateway_table(
     models: Iterable[str], berths: Iterable[Mapping[str, Any]], prefix_affinity: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """``user_config`` of the gateway: for each model the berths (their app configs) it may use, by name, and
-    ``prefix_affinity`` where it is on."""
+    """``user_config`` of the gateway: for each model the berths (their app configs) it may use, by name,
+    ``prefix_affinity`` where it is on, and ``prefill_of`` where it reads prompts for another model, and for nobody
+    else."""
     table: dict[str, Any] = {model: {"berths": []} for model in sorted(models)}
     for app in sorted(berths, key=lambda app: str(app["name"])):
-        table.setdefault(app["args"]["model"], {"berths": []})["berths"].append(_table_berth(app))
+        entry = table.setdefault(app["args"]["model"], {"berths": []})
+        entry["berths"].append(_table_berth(app))
+        if "prefill_of" in app["args"]:
+            entry["prefill_of"] = app["args"]["prefill_of"]
     for model, slack in sorted((prefix_affinity or {}).items()):
         if model in table and slack:
             table[model]["prefix_affinity"] = slack
@@ -274,6 +280,9 @@ def _table_berth(app: Mapping[str, Any]) -> dict[str, Any]:
     # A berth that an earlier version made has no limit, and Serve shows none as -1.
     if (limit := deployment.get("max_queued_requests", -1)) > 0:
         found["limit"] = limit
+    if "prefill" in app["args"]:
+        # More than they work on would wait in Serve, and the KV cache of a prompt is kept for who comes at once.
+        found["works_on"] = deployment["max_ongoing_requests"] * most(app)
     if adapters := app["args"].get("adapters"):
         found["adapters"] = sorted(adapters)
     if app["args"].get("engine") == "transformers" or app["args"].get("fallback"):

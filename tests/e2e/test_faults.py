@@ -36,6 +36,8 @@ APPS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     extra = {"serve_apps_list": APPS, "serve_apps_tiny_models": False}
+    # Light replicas need no engine, and vLLM's classes take every process that sees a request ten CPU seconds.
+    extra |= {"ray_runtime_lock": "runtime-light.txt", "ray_runtime_root": str(ROOT / ".berth" / "runtime-light")}
     made = Cluster("faults", tmp_path_factory.mktemp("faults") / "state", 26000, extra)
     made.site(STRATEGY).ok()
     yield made

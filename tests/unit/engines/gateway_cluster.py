@@ -18,7 +18,7 @@ LABELS = {"berth.role": "slot", "berth.slot": "local-0"}
 WAIT_S = 120
 
 
-def main(port: int, temp_dir: str) -> None:
+def main(port: int, temp_dir: str, metrics_port: int | None = None) -> None:
     import ray
 
     ray.init(
@@ -31,6 +31,7 @@ def main(port: int, temp_dir: str) -> None:
         log_to_driver=False,
         logging_level="ERROR",
         _temp_dir=temp_dir,
+        _metrics_export_port=metrics_port,
     )
     obey(port)
 
@@ -111,4 +112,4 @@ def say(what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

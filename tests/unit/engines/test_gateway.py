@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +19,20 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
 from berth.client import client
-from berth.gpu.sim import build
 from berth.plan.apps import Autoscaling
 from berth.plan.types import Berth
 from berth.ray.deploy import lives
 from berth.ray.rollout import Wanted, next_step
 from berth.ray.serve_config import ServeOptions, berth_app, gateway_app, gateway_table
-from tests.conftest import find_runtime
 from tests.unit.client import examples
+from tests.unit.engines import small_serve
+from tests.unit.engines.small_serve import Load
 from tests.unit.engines.streams import Stream, open_stream
 from tests.unit.ray.builders import slot, spec
 
-ROOT = Path(__file__).parents[3]
 PORT = 23790
+BASE = f"http://127.0.0.1:{PORT}"
 OPTIONS = ServeOptions("127.0.0.1", PORT, drain_s=60.0, max_body_mib=1)
-PROFILE = {
-    "driver_version": "580.95.05",
-    "context_mib": 10,
-    "gpus": [{"product": "NVIDIA L4", "memory_mib": 10000, "reserved_mib": 500, "compute_capability": "8.9"}],
-}
 SCALING = Autoscaling(
     max_replicas=2, target_ongoing_requests=1, upscale_delay_s=0.5, downscale_delay_s=2, look_back_period_s=1
 )
@@ -70,87 +62,37 @@ APPS = {
         light("slow", "b", engine_args={"tokens": 30, "token_s": 0.2}, max_ongoing_requests=100),
         light("small", "a", engine_args={"tokens": 30, "token_s": 1}, max_ongoing_requests=2, max_queued_requests=1),
         light("idle", "a", engine_args={"tokens": 1, "token_s": 0.5}, autoscaling=SCALING, max_ongoing_requests=2),
+        light("apart", "a", engine_args=QUICK, prefill={}),
+        light("apart-prefill", "a", engine_args=QUICK, prefill_of="apart"),
         light("many", "a", engine_args={"tokens": 2, "token_s": 15}, max_ongoing_requests=600),
         light("many", "b", engine_args={"tokens": 2, "token_s": 15}, max_ongoing_requests=600),
     )
 }
 
 
-class Cluster:
-    """The driver's end of gateway_cluster.py."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        assert self._answer() == {"ready": True}
-
-    def tell(self, **command: Any) -> dict[str, Any]:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                assert "error" not in found, found
-                return found
-        raise AssertionError("the cluster ended")
+class Cluster(small_serve.Cluster):
+    """With the apps of this module."""
 
     def serve(self, names: set[str], table: set[str] | None = None) -> None:
         """Set the apps, and the berths that the gateway may use (all of them)."""
         apps = [APPS[name] for name in sorted(names)]
         routed = [app for app in apps if table is None or app["name"] in table]
-        models = sorted({app["args"]["model"] for app in APPS.values()})
+        models = sorted({app["args"]["model"] for app in APPS.values() if "prefill_of" not in app["args"]})
         self.tell(apps=[*apps, gateway_app(gateway_table(models, routed, {"chat": 8.0}), OPTIONS)])
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    python = find_runtime()
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        pytest.skip("the simulated driver is built on the spot and there is no C compiler")
-    sim = tmp_path_factory.mktemp("sim")
-    build.install(sim, PROFILE, seed="gateway")
-    temp_dir = f"/tmp/berth-gateway-{os.getpid()}"
-    env = {**os.environ, **build.environment(sim), "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
-    process = subprocess.Popen(
-        [python, str(Path(__file__).with_name("gateway_cluster.py")), str(PORT), temp_dir],
-        env=env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=(sim / "stderr").open("w"),
-        text=True,
-    )
-    try:
-        made = Cluster(process)
+    program = str(Path(__file__).with_name("gateway_cluster.py"))
+    with small_serve.running(
+        Cluster, tmp_path_factory.mktemp("sim"), "gateway", [program, str(PORT), "{temp}"]
+    ) as made:
         made.serve(set(APPS))
         yield made
-    finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        assert process.stdin
-        process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        for member in (*family, process):
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        print(errors(Path(temp_dir)))  # shown by pytest beside what failed
-        shutil.rmtree(temp_dir, ignore_errors=True)
-
-
-def errors(temp_dir: Path) -> str:
-    """What Serve's own processes and the replicas complained of."""
-    found = []
-    for log in sorted(temp_dir.glob("session_latest/logs/serve/*.log")):
-        lines = [line for line in log.read_text().splitlines() if "Error" in line or "ERROR" in line]
-        found += [f"--- {log.name}", *lines[-20:]] if lines else []
-    return "\n".join(found)
 
 
 def post(path: str, body: Any, **more: Any) -> requests.Response:
-    return requests.post(f"http://127.0.0.1:{PORT}{path}", json=body, timeout=60, **more)
+    return requests.post(f"{BASE}{path}", json=body, timeout=60, **more)
 
 
 def chat(model: str, content: Any = "hello there", **more: Any) -> requests.Response:
@@ -158,15 +100,12 @@ def chat(model: str, content: Any = "hello there", **more: Any) -> requests.Resp
 
 
 def health() -> dict[str, Any]:
-    found: dict[str, Any] = requests.get(f"http://127.0.0.1:{PORT}/healthz", timeout=60).json()
+    found: dict[str, Any] = requests.get(f"{BASE}/healthz", timeout=60).json()
     return found
 
 
 def wait(what: Callable[[], Any], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until, f"{what} is not so after {seconds} s: {health()}"
-        time.sleep(0.1)
+    small_serve.wait(what, seconds, health)
 
 
 def idle() -> bool:
@@ -174,8 +113,9 @@ def idle() -> bool:
 
 
 def test_every_route_answers_in_openais_shape(cluster: Cluster) -> None:
-    models = requests.get(f"http://127.0.0.1:{PORT}/v1/models", timeout=60).json()["data"]
+    models = requests.get(f"{BASE}/v1/models", timeout=60).json()["data"]
     assert [model["id"] for model in models] == [
+        "apart",
         "chat",
         "chat:sql",
         "embedding",
@@ -185,7 +125,7 @@ def test_every_route_answers_in_openais_shape(cluster: Cluster) -> None:
         "slow",
         "small",
     ]
-    assert requests.get(f"http://127.0.0.1:{PORT}/v1/models/chat:sql", timeout=60).json()["id"] == "chat:sql"
+    assert requests.get(f"{BASE}/v1/models/chat:sql", timeout=60).json()["id"] == "chat:sql"
     answer = chat("chat").json()
     assert answer["choices"][0]["message"] == {**answer["choices"][0]["message"], "content": "light replica of chat"}
     assert answer["usage"]["prompt_tokens"] == 2
@@ -217,7 +157,7 @@ def test_a_stream_is_openais_with_usage_where_asked(cluster: Cluster) -> None:
 
 
 def test_responses_whole_streamed_and_held_to_a_schema(cluster: Cluster) -> None:
-    api = client(f"http://127.0.0.1:{PORT}/v1", max_retries=0)
+    api = client(f"{BASE}/v1", max_retries=0)
     whole = api.responses.create(model="chat", instructions="be light", input="one two")
     assert (whole.status, whole.output_text) == ("completed", "light replica of chat")
     assert whole.usage is not None
@@ -244,11 +184,11 @@ def test_responses_whole_streamed_and_held_to_a_schema(cluster: Cluster) -> None
 
 def test_the_documents_examples_work(cluster: Cluster) -> None:
     """openai's client, Berth's and LangChain's: chat, streams, embeddings, models, structured answers, rerank."""
-    examples.expected(examples.run(f"http://127.0.0.1:{PORT}/v1"))
+    examples.expected(examples.run(f"{BASE}/v1"))
 
 
 def test_openais_clients_raise_what_the_gateway_says(cluster: Cluster) -> None:
-    api = client(f"http://127.0.0.1:{PORT}/v1", max_retries=0)
+    api = client(f"{BASE}/v1", max_retries=0)
     question: Any = [{"role": "user", "content": "hi"}]
     with pytest.raises(openai.NotFoundError) as unknown:
         api.chat.completions.create(model="nobody", messages=question)
@@ -256,7 +196,7 @@ def test_openais_clients_raise_what_the_gateway_says(cluster: Cluster) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         api.chat.completions.create(model="chat", messages=question, max_tokens=60)
     assert long.value.code == "context_length_exceeded"
-    langchain = ChatOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key=SecretStr("none"), model="nobody")
+    langchain = ChatOpenAI(base_url=f"{BASE}/v1", api_key=SecretStr("none"), model="nobody")
     with pytest.raises(openai.NotFoundError):
         langchain.invoke("hi")
 
@@ -318,7 +258,7 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type":
     ],
 )
 def test_refusals_are_openais(cluster: Cluster, path: str, body: Any, status: int, code: Any, param: Any) -> None:
-    url = f"http://127.0.0.1:{PORT}{path}"
+    url = f"{BASE}{path}"
     data = body if isinstance(body, bytes) else json.dumps(body)
     answer = requests.post(url, data=data, headers={"Content-Type": "application/json"}, timeout=60)
     assert answer.status_code == status, answer.text
@@ -334,7 +274,7 @@ def test_a_body_that_is_too_large_is_refused(cluster: Cluster, told: bool) -> No
     body = json.dumps({"model": "chat", "messages": MESSAGES, "user": "x" * (2 << 20)}).encode()
     data: Any = body if told else iter([body[: 1 << 19], body[1 << 19 :]])
     headers = {"Content-Type": "application/json"}
-    answer = requests.post(f"http://127.0.0.1:{PORT}{CHAT}", data=data, headers=headers, timeout=60)
+    answer = requests.post(f"{BASE}{CHAT}", data=data, headers=headers, timeout=60)
     assert answer.status_code == 413, answer.text
     assert "larger than 1 MiB" in answer.json()["error"]["message"]
     assert answer.json()["error"]["type"] == "invalid_request_error"
@@ -351,6 +291,32 @@ def test_requests_of_a_session_stay_together(cluster: Cluster) -> None:
     found = asyncio.run(run())
     assert list(found.values()) == [6], "two random choices would have shared them out"
     wait(idle)
+
+
+def test_prompts_are_read_apart_where_replicas_are_there_for_it(cluster: Cluster) -> None:
+    asked = {"model": "apart", "messages": [{"role": "user", "content": "one two three"}]}
+    before = health()["prefill"]["apart"]
+
+    def cached(**more: Any) -> int | None:
+        answer = post("/v1/chat/completions", asked | more)
+        assert answer.status_code == 200, answer.text
+        details = answer.json()["usage"].get("prompt_tokens_details")
+        return details["cached_tokens"] if details else None
+
+    assert cached() == 3
+    assert cached(n=2) is None, "two answers would fetch one cache twice"
+    events = post("/v1/chat/completions", asked | {"stream": True, "stream_options": {"include_usage": True}}).text
+    assert '"cached_tokens": 3' in events or '"cached_tokens":3' in events
+    assert health()["prefill"]["apart"] == {"apart": before["apart"] + 2, "alone": before["alone"] + 1}
+    assert "apart-prefill" not in [card["id"] for card in requests.get(f"{BASE}/v1/models", timeout=60).json()["data"]]
+    assert post("/v1/chat/completions", asked | {"model": "apart-prefill"}).status_code == 404
+    refused = post("/v1/chat/completions", asked | {"kv_transfer_params": {"remote_host": "10.0.0.1"}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "kv_transfer_params")
+    # Serve would let the request wait until another one has started.
+    cluster.tell(kill="apart-prefill@a")
+    assert cached() is None
+    assert health()["prefill"]["apart"]["alone"] == before["alone"] + 2
+    wait(lambda: cached() == 3, 60)
 
 
 def test_full_berths_say_so_and_who_hangs_up_makes_room(cluster: Cluster) -> None:
@@ -380,7 +346,7 @@ def test_full_berths_say_so_and_who_hangs_up_makes_room(cluster: Cluster) -> Non
 def test_a_client_that_does_not_stream_and_hangs_up_is_forgotten_too(cluster: Cluster) -> None:
     with pytest.raises(requests.Timeout):
         requests.post(
-            f"http://127.0.0.1:{PORT}/v1/chat/completions",
+            f"{BASE}/v1/chat/completions",
             json={"model": "small", "messages": MESSAGES},
             timeout=1,
         )
@@ -392,7 +358,7 @@ def test_a_model_sleeps_wakes_grows_and_sleeps_again(cluster: Cluster) -> None:
     assert chat("idle").status_code == 200, "the first request waits for the start"
     assert health()["asleep"] == []
     (first,) = cluster.tell(pids="idle@a")["pids"]
-    loads = [Load("idle") for _ in range(3)]
+    loads = [Load(partial(chat, "idle", max_tokens=2)) for _ in range(3)]
     with ExitStack() as all_at_once:
         for load in loads:
             all_at_once.enter_context(load)
@@ -404,7 +370,7 @@ def test_a_model_sleeps_wakes_grows_and_sleeps_again(cluster: Cluster) -> None:
 
 
 def test_a_berth_leaves_the_table_and_goes_under_load_without_an_error(cluster: Cluster) -> None:
-    with Load("slow") as load:
+    with Load(partial(chat, "slow", max_tokens=2)) as load:
 
         async def run() -> list[Stream]:
             streams = [await open_stream(PORT, "slow") for _ in range(20)]
@@ -440,7 +406,7 @@ def test_a_model_changes_under_load_without_an_error_and_with_so_many_replicas_u
     steps: list[str] = []
     wait(lambda: health()["models"]["roll"] == names)
     # Several at once: the first request of every new replica waits some seconds for the import of vLLM's classes.
-    loads = [Load("roll") for _ in range(4)]
+    loads = [Load(partial(chat, "roll", max_tokens=2)) for _ in range(4)]
     with ExitStack() as all_at_once:
         for load in loads:
             all_at_once.enter_context(load)
@@ -469,7 +435,7 @@ def test_a_model_changes_under_load_without_an_error_and_with_so_many_replicas_u
 
 
 def test_a_killed_replica_fails_only_what_had_begun_there(cluster: Cluster) -> None:
-    with Load("slow") as load:
+    with Load(partial(chat, "slow", max_tokens=2)) as load:
 
         async def run() -> tuple[int, list[Stream]]:
             streams = [await open_stream(PORT, "slow") for _ in range(20)]
@@ -515,36 +481,3 @@ def test_a_thousand_streams_at_once(cluster: Cluster) -> None:
 def connections() -> int:
     """Open connections to the port, seen from everybody on this machine."""
     return sum(1 for item in psutil.net_connections("tcp") if item.status == "ESTABLISHED" and item.laddr.port == PORT)
-
-
-class Load:
-    """Short requests that do not stream, one after the other, until the block ends; keeps what went wrong."""
-
-    def __init__(self, model: str) -> None:
-        self.sent, self.failures = 0, list[str]()
-        self._model, self._stop = model, threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def goes_on(self) -> None:
-        """It has sent requests and still does, however slow the machine: two more are answered from here on."""
-        asked = self.sent
-        wait(lambda: self.sent > asked + 2, 60)
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.05):
-            self.sent += 1
-            try:
-                answer = chat(self._model, max_tokens=2)
-            except OSError as error:
-                self.failures.append(str(error))
-                continue
-            if answer.status_code != 200:
-                self.failures.append(f"{answer.status_code} {answer.text[:200]}")

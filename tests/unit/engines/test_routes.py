@@ -445,3 +445,106 @@ def test_a_berth_that_fell_is_not_one_that_sleeps() -> None:
     scene.handles["a"].running = 0
     assert scene.refused().status == 503
     assert scene.routes.health()[0] == 503
+
+
+def apart(works_on: int = 2) -> dict[str, Any]:
+    """chat, whose prompts two berths of another model read."""
+    made = table(chat={"chat@a": 1}, reader={"reader@a": 1, "reader@b": 1})
+    made["models"]["chat"]["berths"][0]["works_on"] = works_on
+    made["models"]["reader"]["prefill_of"] = "chat"
+    return made
+
+
+def reading(scene: Scene) -> Scene:
+    for name in ("reader@a", "reader@b"):
+        scene.handles[name].give = lambda: Response([{"kv_transfer_params": {"remote_port": 7}}])
+    return scene
+
+
+ASKED = {"model": "chat", "prompt": "hi", "max_tokens": 9, "min_tokens": 3, "stream": True, "stream_options": {}}
+
+
+def prefill_counts(scene: Scene) -> Any:
+    return scene.routes.health()[1]["prefill"]["chat"]
+
+
+def test_a_prompt_is_read_by_one_berth_and_answered_by_another() -> None:
+    scene = reading(Scene(apart()))
+    assert scene.ask(request=ASKED) == ["chat@a"]
+    ((read,),) = scene.handles["reader@a"].asked + scene.handles["reader@b"].asked
+    assert read["kv_transfer_params"]["do_remote_decode"] is True
+    assert {key: read[key] for key in ("model", "max_tokens", "min_tokens", "stream", "stream_options")} == {
+        "model": "reader",
+        "max_tokens": 1,
+        "min_tokens": 0,
+        "stream": False,
+        "stream_options": None,
+    }
+    assert scene.handles["chat@a"].asked == [(ASKED | {"kv_transfer_params": {"remote_port": 7}},)]
+    assert "kv_transfer_params" not in ASKED
+    assert prefill_counts(scene) == {"apart": 1, "alone": 0}
+    assert scene.routes.outstanding() == {}
+
+
+@pytest.mark.parametrize(
+    "more", [{"n": 2}, {"best_of": 3}, {"echo": True}, {"prompt_logprobs": 1}, {"prompt": ["a", "b"]}], ids=str
+)
+def test_what_needs_the_prompt_itself_or_its_cache_twice_is_for_one_berth(more: dict[str, Any]) -> None:
+    scene = reading(Scene(apart()))
+    scene.ask(request=ASKED | more)
+    assert scene.handles["chat@a"].asked == [(ASKED | more,)]
+    assert prefill_counts(scene) == {"apart": 0, "alone": 1}
+
+
+def test_token_ids_are_one_prompt() -> None:
+    scene = reading(Scene(apart()))
+    scene.ask(request=ASKED | {"prompt": [1, 2, 3]})
+    assert prefill_counts(scene) == {"apart": 1, "alone": 0}
+
+
+def test_whatever_goes_wrong_there_the_request_is_answered() -> None:
+    scene = reading(Scene(apart()))
+    for name in ("reader@a", "reader@b"):
+        scene.handles[name].give = lambda: Response([], RayTaskError(ActorDiedError("gone")))
+    assert scene.ask(request=ASKED) == ["chat@a"]
+    for name in ("reader@a", "reader@b"):
+        scene.handles[name].give = lambda: Response([{"object": "text_completion"}])
+    assert scene.ask(request=ASKED) == ["chat@a"]
+    for name in ("reader@a", "reader@b"):
+        scene.handles[name].running = 0
+    assert scene.ask(request=ASKED) == ["chat@a"]
+    assert scene.handles["chat@a"].asked == [(ASKED,)] * 3
+    assert prefill_counts(scene) == {"apart": 0, "alone": 3}
+    assert scene.routes.health()[0] == 200, "the model answers without"
+
+
+def test_a_berth_that_is_busy_would_come_too_late_for_the_cache() -> None:
+    scene = reading(Scene(apart(works_on=0)))
+    scene.ask(request=ASKED)
+    assert prefill_counts(scene) == {"apart": 0, "alone": 1}
+
+
+def test_nobody_asks_for_it_by_name() -> None:
+    scene = reading(Scene(apart()))
+    assert scene.routes.ids() == ["chat"]
+    assert scene.routes.named(None) == "chat"
+    assert scene.refused("reader").status == 404
+
+
+def test_replicas_that_are_gone_are_not_waited_for() -> None:
+    """Serve keeps a request until there is a replica again."""
+    scene = reading(Scene(apart()))
+
+    class Waits(Response):
+        async def _run(self) -> AsyncIterator[Any]:
+            for name in ("reader@a", "reader@b"):
+                scene.handles[name].running = 0
+            await asyncio.Event().wait()
+            yield "never"
+
+    for name in ("reader@a", "reader@b"):
+        scene.handles[name].give = lambda: Waits([])
+    assert scene.ask(request=ASKED) == ["chat@a"]
+    (asked,) = [handle for handle in scene.handles.values() if handle.name != "chat@a" and handle.asked]
+    assert asked.last.cancelled
+    assert scene.routes.outstanding() == {}

@@ -139,3 +139,62 @@ def test_a_pool_is_planned_as_one_with_room_for_the_most() -> None:
     assert (made.deployment().placement, made.deployment().max_replicas) == ("pool", 8)
     (berths,) = load_apps([{key: value for key, value in app.items() if key != "placement"}])
     assert berths.deployment().placement == "berths"
+
+
+PAIR = {
+    "name": "chat",
+    "engine": "llm",
+    "model": "org/chat",
+    "replicas": 4,
+    "vram_mib": 100,
+    "min_available": 2,
+    "pins": ["GPU-1"],
+    "autoscaling": {"max_replicas": 8},
+    "engine_args": {"max_model_len": 4096, "kv_cache_dtype": "fp8"},
+    "env": {"A": "1"},
+    "adapters": {},
+    "prefix_affinity": 8,
+}
+
+
+def test_what_reads_the_prompts_is_an_app_of_its_own_like_the_model_but_for_what_it_says() -> None:
+    own = {"gpus_per_replica": 2, "products": ["NVIDIA H100"], "engine_args": {"max_num_batched_tokens": 16384}}
+    chat, reader = load_apps([PAIR | {"prefill": own}])
+    assert (chat.name, reader.name, reader.prefill_of, reader.prefill) == ("chat", "chat-prefill", "chat", None)
+    assert (reader.model, reader.engine, reader.vram_mib, reader.env) == ("org/chat", "llm", 100, {"A": "1"})
+    assert (reader.replicas, reader.gpus_per_replica, reader.products) == (1, 2, ("NVIDIA H100",))
+    assert reader.engine_args == {"max_model_len": 4096, "kv_cache_dtype": "fp8", "max_num_batched_tokens": 16384}
+    assert (reader.pins, reader.autoscaling, reader.min_available, reader.prefix_affinity) == ((), None, None, 8)
+    assert [app.deployment().name for app in (chat, reader)] == ["chat", "chat-prefill"]
+
+
+def test_a_footprint_of_either_kind_replaces_the_other() -> None:
+    predicted = {key: value for key, value in PAIR.items() if key != "vram_mib"} | {"concurrency": 8, "config": "/c"}
+    (_, reader) = load_apps([predicted | {"prefill": {"vram_mib": 300}}])
+    assert (reader.vram_mib, reader.concurrency, reader.config) == (300, None, "")
+    (_, reader) = load_apps([PAIR | {"prefill": {"concurrency": 2}}])
+    assert (reader.vram_mib, reader.concurrency) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"prefill": {"engine": "light"}}, "prefill: unknown key; found: engine; allowed: replicas, vram_mib"),
+        ({"prefill": {"replicas": "two"}}, "app chat: prefill: replicas: .*found 'two'"),
+        ({"prefill": {"replicas": 0}}, "prefill.replicas is too small; found: 0"),
+        ({"prefill": {}, "engine": "embedding"}, "engine is not for a model with prefill apart; found: embedding"),
+        ({"prefill": {}, "fallback": "transformers"}, "fallback is not for a model with prefill apart"),
+        ({"prefill": {}, "slots_per_replica": 2, "autoscaling": None}, "slots_per_replica is not for a model with"),
+        ({"prefill": {"engine_args": {"kv_cache_dtype": "auto"}}}, "could not read its KV cache; found: auto; .*fp8"),
+        ({"prefill": {"engine_args": {"tensor_parallel_size": 2}}}, "chat-prefill: engine_args.tensor_parallel_size"),
+        ({"prefill_of": "chat"}, "prefill_of: unknown key"),
+    ],
+)
+def test_what_a_model_with_prefill_apart_cannot_have(more: dict[str, Any], says: str) -> None:
+    with pytest.raises(BerthError, match=says):
+        load_apps([PAIR | more])
+
+
+def test_an_app_that_has_the_name_already_is_told() -> None:
+    with pytest.raises(BerthError, match="two apps have the same name; found: chat-prefill"):
+        load_apps([PAIR | {"prefill": {}}, PAIR | {"name": "chat-prefill"}])

@@ -347,3 +347,14 @@ def test_serve_itself_keeps_every_key_and_value(runtime_python: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == everything()
+
+
+def test_what_reads_prompts_is_in_the_table_for_its_model_alone() -> None:
+    own, reader = berth(prefill={}, max_ongoing_requests=7), berth(prefill_of="other")
+    assert (own["args"]["prefill"], reader["args"]["prefill_of"]) == ("chat-prefill", "other")
+    assert not {"prefill", "prefill_of"} & berth()["args"].keys(), "no restart of what has none"
+    table = gateway_table(["other"], [own, reader | {"name": "z@gpu01-0"}])["models"]
+    assert table["other"] == {"berths": []}
+    assert table["chat"]["prefill_of"] == "other"
+    first, second = table["chat"]["berths"]
+    assert (first["works_on"], "works_on" in second) == (7, False)
