@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 LABELS = {"berth.role": "slot", "berth.slot": "local-0"}
-WAIT_S = 120
+WAIT_S = 300
 
 
 def main(port: int, temp_dir: str, metrics_port: int | None = None) -> None:

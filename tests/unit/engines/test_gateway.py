@@ -104,7 +104,7 @@ def health() -> dict[str, Any]:
     return found
 
 
-def wait(what: Callable[[], Any], seconds: float = 20) -> None:
+def wait(what: Callable[[], Any], seconds: float = 60) -> None:
     small_serve.wait(what, seconds, health)
 
 
