@@ -27,6 +27,7 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from berth.engines.batches import Batches
+from berth.engines.defaults import with_defaults
 from berth.engines.errors import invalid
 from berth.engines.fallback import NO_PLATFORM, CannotRun, cannot_run
 from berth.engines.prefill import TRANSFER_CONFIG
@@ -138,7 +139,7 @@ class SlotServer(LLMServer):  # type: ignore[misc]
 def llm_config_of(config: Mapping[str, Any]) -> LLMConfig:
     """ray.serve.llm's config of one engine; ``config`` as in berth.engines.app.build, with ``node`` (see
     berth.engines.team) where the engine is one of several that make a replica."""
-    engine_args = dict(config["engine_args"])
+    engine_args = with_defaults(config["engine_args"])
     engine_args["runner"] = RUNNERS[config["engine"]]
     engine_args |= parallel_sizes(
         config["gpus"], len(config.get("team", ())) or 1, config.get("across_slots", "pipeline")

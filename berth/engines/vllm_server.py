@@ -20,6 +20,7 @@ import httpx
 
 from berth.engines.answers import in_kind, plain
 from berth.engines.child import TAIL_CHARACTERS, Child
+from berth.engines.defaults import with_defaults
 from berth.engines.errors import ApiError
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -34,7 +35,7 @@ def command(config: Mapping[str, Any], socket: Path) -> list[str]:
     word an item; None is left out, as vLLM's default.
     """
     arguments = {
-        **config["engine_args"],
+        **with_defaults(config["engine_args"]),
         "model": config["source"],
         "served_model_name": config["model"],
         "tensor_parallel_size": config["gpus"],

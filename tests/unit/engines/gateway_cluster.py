@@ -18,7 +18,7 @@ LABELS = {"berth.role": "slot", "berth.slot": "local-0"}
 WAIT_S = 300
 
 
-def main(port: int, temp_dir: str, metrics_port: int | None = None) -> None:
+def main(port: int, temp_dir: str) -> None:
     import ray
 
     ray.init(
@@ -31,7 +31,6 @@ def main(port: int, temp_dir: str, metrics_port: int | None = None) -> None:
         log_to_driver=False,
         logging_level="ERROR",
         _temp_dir=temp_dir,
-        _metrics_export_port=metrics_port,
     )
     obey(port)
 
@@ -104,6 +103,7 @@ def about(node: dict[str, Any]) -> dict[str, Any]:
         "state": "ALIVE" if node["Alive"] else "DEAD",
         "labels": node["Labels"],
         "resources_total": node["Resources"],
+        "metrics_port": node["MetricsExportPort"],
     }
 
 
@@ -112,4 +112,4 @@ def say(what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    main(int(sys.argv[1]), sys.argv[2])

@@ -6,10 +6,8 @@ import sys
 
 from tests.unit.engines.gateway_cluster import obey
 
-VRAM_MIB = 1_000
 
-
-def main(port: int, slots: list[str]) -> None:
+def main(port: int, vram_mib: int, slots: list[str]) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
@@ -20,7 +18,7 @@ def main(port: int, slots: list[str]) -> None:
             num_cpus=2,
             num_gpus=1,
             object_store_memory=100 << 20,
-            resources={"VRAM_MB": VRAM_MIB},
+            resources={"VRAM_MB": vram_mib},
             labels={"berth.role": "slot", "berth.slot": name, "berth.gpu": f"GPU-{number}"},
             env_vars={"CUDA_VISIBLE_DEVICES": str(number)},
         )
@@ -30,4 +28,4 @@ def main(port: int, slots: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

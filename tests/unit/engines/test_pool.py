@@ -22,13 +22,13 @@ from berth.ray.serve_config import GATEWAY, ServeOptions, berth_apps, fewest
 from berth.ray.state import parse_state
 from berth.verify.compare import Finding, verify
 from tests.unit.engines import small_serve
-from tests.unit.engines.pool_cluster import VRAM_MIB
 from tests.unit.engines.small_serve import WAIT_S, Cluster, Load, running
 from tests.unit.plan.helpers import slot
 from tests.unit.ray.builders import spec
 
 PORT = 23791
 OPTIONS = ServeOptions("127.0.0.1", PORT, drain_s=30.0)
+VRAM_MIB = 1_000
 NAMES = ("a-0", "a-1", "a-2")
 WITHOUT_VLLM = 'import sys\n\nsys.modules["vllm"] = None\n'
 SCALING = Autoscaling(
@@ -66,7 +66,7 @@ def planned(app: Any, *closed: str) -> Plan:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # A runtime without vLLM, as in the lab: its classes take every process that sees a request ten CPU seconds.
     (without := tmp_path_factory.mktemp("without")).joinpath("sitecustomize.py").write_text(WITHOUT_VLLM)
-    words = ["-m", "tests.unit.engines.pool_cluster", str(PORT), *NAMES]
+    words = ["-m", "tests.unit.engines.pool_cluster", str(PORT), str(VRAM_MIB), *NAMES]
     with running(Cluster, tmp_path_factory.mktemp("sim"), "pool", words, len(NAMES), str(without)) as made:
         yield made
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from berth.engines.defaults import NOWHERE
 from berth.engines.errors import ApiError
 from berth.engines.vllm_server import ExternalServer, command
 
@@ -72,6 +73,7 @@ def test_vllms_arguments_as_its_command_line_has_them() -> None:
         middleware=["a", "b"],
         seed=None,
     )
+    found = found[2:]  # --allowed-media-domains, see the next one
     assert found[:2] == ["--enforce-eager", "--no-enable-prefix-caching"]
     assert found[2:4] == ["--max-model-len", "2048"]
     assert found[4:6] == ["--hf-overrides", '{"num_hidden_layers": 2}']
@@ -83,6 +85,7 @@ def test_the_plan_decides_where_and_how_much() -> None:
     found = words_of()
     pairs = dict(zip(found[::2], found[1::2], strict=True))
     assert pairs == {
+        "--allowed-media-domains": NOWHERE,
         "--model": "/models/chat",
         "--served-model-name": "chat",
         "--tensor-parallel-size": "1",
@@ -90,6 +93,7 @@ def test_the_plan_decides_where_and_how_much() -> None:
         "--gpu-memory-utilization": "0.4",
         "--uds": "/run/s",
     }
+    assert words_of(allowed_media_domains=["a.example"])[:2] == ["--allowed-media-domains", "a.example"]
     two = command({**CONFIG, "gpus": 2}, Path("/run/s"))
     assert two[two.index("--distributed-executor-backend") + 1] == "mp"
     assert two[two.index("--tensor-parallel-size") + 1] == "2"
