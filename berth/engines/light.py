@@ -5,6 +5,7 @@ For the lab and for drills, where placement and the API are what is tried and no
 ``hold_mib``       what it takes on each GPU beside the context that the driver adds (default: eight tenths of its
                    footprint)
 ``start_s``        how long its start takes
+``start_after``    a file that its start waits for
 ``crash``          a message with which its start fails
 ``tokens``         how long an answer is, where the request sets no ``max_tokens`` below it (default: 4)
 ``token_s``        seconds before each token
@@ -29,6 +30,8 @@ from berth.engines.errors import ApiError
 from berth.engines.prefill import PARAMS
 from berth.errors import BerthError
 from berth.gpu.sim import allocator
+
+START_POLL_S = 0.2
 
 
 class LightServer:
@@ -55,6 +58,8 @@ class LightServer:
         if message := self._args.get("crash"):
             raise BerthError(f"light engine of {self._model}: {message}")
         await asyncio.sleep(float(self._args.get("start_s", 0)))
+        while (awaited := self._args.get("start_after")) and not os.path.exists(awaited):
+            await asyncio.sleep(START_POLL_S)
         for device in range(self._gpus):
             allocator.allocate_mib(self._hold_mib, device)
 

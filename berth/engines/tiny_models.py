@@ -15,8 +15,8 @@ from typing import Any
 SEED = 0
 MODELS = ("chat", "embedding", "rerank", "old")
 """Those of the local inventory."""
-MORE = ("vision", "mixture")
-"""Built where they are asked for: a model that sees, and a mixture of experts."""
+MORE = ("vision",)
+"""Built where it is asked for: a model that sees."""
 IMAGE = "<image>"
 VISION_VOCABULARY = 513
 """The tokenizer's, with IMAGE."""
@@ -79,8 +79,6 @@ def _model(name: str) -> Any:
         GPTNeoForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
     )
 
     common = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -92,11 +90,6 @@ def _model(name: str) -> Any:
         return GPTNeoForCausalLM(GPTNeoConfig(**sizes, **kind, **special))
     if name == "vision":
         return _vision()
-    if name == "mixture":
-        sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512}
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **sizes, **experts, **special))
     if name == "rerank":
         config = BertConfig(**common, num_attention_heads=2, max_position_embeddings=512, num_labels=1)
         return BertForSequenceClassification(config)

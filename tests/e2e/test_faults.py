@@ -11,37 +11,56 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from berth.host.supervisor import Daemon
 from tests.e2e.cluster import ROOT, Cluster
 
 pytestmark = pytest.mark.e2e
 STRATEGY = "spread"
+MAY_START = Path(tempfile.gettempdir()) / f"berth-may-start-{os.getpid()}"
 APPS: list[dict[str, Any]] = [
     {"name": "alpha", "engine": "light", "replicas": 2, "vram_mib": 12000},
     {"name": "beta", "engine": "light", "replicas": 1, "vram_mib": 8000},
-    # Slow to start, so that a killed one is still gone when the verification looks.
-    {"name": "slow", "engine": "light", "replicas": 1, "vram_mib": 4000, "engine_args": {"start_s": 12}},
+    # Its start waits for leave, so that a killed one is still gone when the verification looks.
+    {
+        "name": "slow",
+        "engine": "light",
+        "replicas": 1,
+        "vram_mib": 4000,
+        "engine_args": {"start_after": str(MAY_START)},
+    },
     {"name": "asleep", "engine": "light", "replicas": 0, "vram_mib": 8000},
 ]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    extra = {"serve_apps_list": APPS, "serve_apps_tiny_models": False}
+    extra: dict[str, Any] = {"serve_apps_list": APPS, "serve_apps_tiny_models": False}
     # Light replicas need no engine, and vLLM's classes take every process that sees a request ten CPU seconds.
     extra |= {"ray_runtime_lock": "runtime-light.txt", "ray_runtime_root": str(ROOT / ".berth" / "runtime-light")}
+    # Two GPUs: each one more is a node, an agent and a proxy to start, in every test that starts them anew.
+    profile = yaml.safe_load((ROOT / "tests/e2e/l40s-x6.yml").read_text())
+    (gpu,) = profile["gpus"]
+    (two := tmp_path_factory.mktemp("profile") / "two.yml").write_text(
+        yaml.safe_dump({**profile, "gpus": [{**gpu, "repeat": 2}]})
+    )
+    extra |= {"nvidia_driver_sim_profile": str(two)}
+    MAY_START.touch()
     made = Cluster("faults", tmp_path_factory.mktemp("faults") / "state", 26000, extra)
     made.site(STRATEGY).ok()
     yield made
     made.teardown()
+    MAY_START.unlink()
 
 
 @contextmanager
@@ -95,8 +114,10 @@ def test_as_wanted_and_zero_replicas_are_right(cluster: Cluster) -> None:
 def test_a_killed_replica(cluster: Cluster) -> None:
     slot = berth_on(cluster, "slow")["slot"]
     (pid,) = cluster.replicas()[f"slow@{slot}"].values()
+    MAY_START.unlink()
     os.kill(pid, signal.SIGKILL)
     report = cluster.verify()
+    MAY_START.touch()
     assert report["rc"] == 1
     drifts = [item for item in report["failures"] if item["object"].startswith(f"slow@{slot}")]
     assert drifts, report["failures"]

@@ -99,9 +99,10 @@ def running(
 
 
 def _complaints(temp: Path) -> str:
-    """What Serve's own processes and the replicas complained of."""
+    """What Serve's own processes, the replicas and their engines complained of."""
     found = []
-    for log in sorted(temp.glob("session_latest/logs/serve/*.log")):
+    logs = sorted(temp.glob("session_latest/logs/serve/*.log"))
+    for log in [*logs, *sorted(temp.glob("session_latest/logs/worker-*.err"))]:
         lines = [line for line in log.read_text().splitlines() if "Error" in line or "ERROR" in line]
         found += [f"--- {log.name}", *lines[-20:]] if lines else []
     return "\n".join(found)

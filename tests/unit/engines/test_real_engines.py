@@ -1,6 +1,6 @@
 """vLLM's own engines behind the gateway, on two nodes: what light ones cannot show.
 
-Prompts read by one engine and answered by another, a model that sees, a mixture of experts over two slots.
+Prompts read by one engine and answered by another, and a model that sees.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import struct
 import subprocess
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -54,14 +53,6 @@ APPS: list[dict[str, Any]] = [
         "prefill": {"pins": ["GPU-1"], "engine_args": {"max_num_seqs": 2}},
     },
     {**SHARED, "name": "sees", "model": str(MODELS / "vision"), "pins": ["GPU-1"], "engine_args": SMALL},
-    {
-        **SHARED,
-        "name": "mixture",
-        "model": str(MODELS / "mixture"),
-        "slots_per_replica": 2,
-        "across_slots": "data",
-        "engine_args": {**SMALL, "enable_expert_parallel": True},
-    },
 ]
 
 pytestmark = pytest.mark.runtime
@@ -70,7 +61,7 @@ pytestmark = pytest.mark.runtime
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The app list above, planned and served as site.yml would: each berth on its slot, and the gateway."""
-    build = [find_runtime(), "-m", "berth.engines.tiny_models", str(MODELS), "chat", "vision", "mixture"]
+    build = [find_runtime(), "-m", "berth.engines.tiny_models", str(MODELS), "chat", "vision"]
     subprocess.run(build, cwd=ROOT, env=os.environ | OFFLINE, check=True)
     words = ["-m", "tests.unit.engines.pool_cluster", str(PORT), str(VRAM_MIB), *NAMES]
     with running(Cluster, tmp_path_factory.mktemp("sim"), "engines", words, len(NAMES), more=OFFLINE) as made:
@@ -143,7 +134,7 @@ def test_streams_chats_tools_and_least_lengths_go_the_same_way(cluster: Cluster)
 
 def test_nobody_asks_for_it_by_name_and_nobody_names_an_engine(cluster: Cluster) -> None:
     models = requests.get(f"http://127.0.0.1:{PORT}/v1/models", timeout=60).json()["data"]
-    assert [model["id"] for model in models] == ["chat", "mixture", "sees"]
+    assert [model["id"] for model in models] == ["chat", "sees"]
     assert ask(model="chat-prefill").status_code == 404
     for words in ({"kv_transfer_params": {"remote_host": "10.0.0.1", "remote_port": 1}},):
         for path, more in (("/v1/completions", {}), ("/v1/responses", {"input": "hi"})):
@@ -188,18 +179,3 @@ def test_a_model_that_sees_is_shown_pictures_as_openais_are(cluster: Cluster) ->
     chat = [{"role": "user", "content": [{"type": "text", "text": "hi"}, picture(*RED)]}]
     blind = ask("/v1/chat/completions", prompt=None, messages=chat)
     assert blind.status_code == 400, "a model that does not see says so"
-
-
-def test_a_mixtures_experts_are_over_two_slots_and_so_are_its_requests(cluster: Cluster) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda number: ask(model="mixture", prompt=f"{number} {PROMPT}"), range(8)))
-    assert [answer.status_code for answer in answers] == [200] * 8, answers[0].text
-    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [12] * 8
-    wait(lambda: len(ranks(cluster)) == 2 and sum(ranks(cluster).values()) >= 96, found=lambda: ranks(cluster))
-    assert min(ranks(cluster).values()) > 0, "one rank answered them all"
-
-
-def ranks(cluster: Cluster) -> dict[str, float]:
-    """Tokens that each data parallel rank of the mixture made."""
-    found = counter(cluster, "generation_tokens")
-    return {engine: value for (name, engine), value in found.items() if name == "mixture"}
