@@ -35,11 +35,11 @@ preflight: setup ## What would fail later, all in one list; changes nothing
 down: setup ## Stop exactly what `make up` started
 	@$(PLAYBOOK) playbooks/teardown.yml $(ARGS)
 
-# Two lanes: what waits for Ray in one leaves the processors to the other.
+# Side by side: what waits for Ray in one lane leaves the processors to the other. The unit tests have them to themselves.
 test: setup ## The whole gate: lint, unit tests, the main job end to end, the lab's default scenario
-	@docker info >/dev/null 2>&1 && lab=molecule || lab=; \
-	  MAKE="$(MAKE)" tests/lanes.sh "e2e-main e2e-serving" "lint unit e2e-faults $$lab" && { [ "$$lab" ] \
-	  || echo "SKIPPED the lab's scenario: no Docker engine answers (make lab-engine)"; }
+	@docker info >/dev/null 2>&1 && lab=molecule || lab=; export MAKE="$(MAKE)"; \
+	  tests/lanes.sh lint runtime && tests/lanes.sh unit && tests/lanes.sh "e2e-main e2e-serving" "e2e-faults $$lab" && \
+	  { [ "$$lab" ] || echo "SKIPPED the lab's scenario: no Docker engine answers (make lab-engine)"; }
 
 lint: setup ## ruff, mypy, yamllint, ansible-lint
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ def run(url: str) -> str:
     assert len(blocks) >= 6
     env = {"BERTH_BASE_URL": url, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OPENAI_API_KEY": "of-another"}
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)], env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", "\n".join(blocks)], env=env, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

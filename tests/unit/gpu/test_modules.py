@@ -81,7 +81,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("ANSIBLE_", "BERTH_", "LD_LIBRARY"))}
     env |= {"ANSIBLE_LIBRARY": str(ROOT / "library"), "ANSIBLE_HOME": str(tmp / "ansible"), "PYTHONPATH": str(ROOT)}
     command = [ANSIBLE, "-i", "localhost,", "-c", "local", "play.yml"]
-    done = subprocess.run(command, cwd=tmp, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((tmp / "results").read_text()) | {"dir": str(tmp / "sim")}
 

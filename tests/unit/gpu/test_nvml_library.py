@@ -341,7 +341,7 @@ def test_ray_counts_and_names_the_simulated_gpus(simulate: Any, runtime_python: 
     holder = sim.hold(1000)
     try:
         done = subprocess.run(
-            [runtime_python, "-c", code], env=sim.env(), capture_output=True, text=True, timeout=120, check=False
+            [runtime_python, "-c", code], env=sim.env(), capture_output=True, text=True, timeout=600, check=False
         )
     finally:
         holder.kill()

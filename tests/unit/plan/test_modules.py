@@ -49,7 +49,7 @@ def play(tmp_path: Path, tasks: list[tuple[str, dict[str, Any]]], *flags: str) -
     }
     command = [sys.executable, "-m", "ansible", "playbook", "-i", "localhost,", str(path), *flags]
     done = subprocess.run(
-        command, env=environment, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=120
+        command, env=environment, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=600
     )
     assert done.stdout.lstrip().startswith("{"), done.stdout + done.stderr
     return [task["hosts"]["localhost"] for task in json.loads(done.stdout)["plays"][0]["tasks"]]

@@ -342,7 +342,7 @@ def test_serve_itself_keeps_every_key_and_value(runtime_python: str) -> None:
         input=json.dumps(everything()),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
