@@ -13,8 +13,8 @@ WHEELHOUSE ?= .berth/wheelhouse
 HOST_PYTHON ?=
 HOST_PLATFORM ?=
 
-.PHONY: help setup up down verify preflight status test lint unit e2e e2e-main e2e-faults e2e-serving runtime docs molecule lab-engine lab-up lab-down lab-ssh \
-	wheelhouse clean
+.PHONY: help setup up down verify preflight status test lint unit runtime e2e e2e-main e2e-faults e2e-serving \
+	docs molecule lab-engine lab-up lab-down lab-ssh wheelhouse clean
 .DEFAULT_GOAL := help
 
 help: ## This list

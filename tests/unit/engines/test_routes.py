@@ -11,6 +11,7 @@ import pytest
 
 from berth.engines.affinity import ADAPTER_SLACK, BLOCK_CHARS
 from berth.engines.errors import DOWN_RETRY_S, FULL_RETRY_S, ApiError
+from berth.engines.prefill import PARAMS, refuse_params
 from berth.engines.routes import Routes
 
 
@@ -494,6 +495,14 @@ def test_what_needs_the_prompt_itself_or_its_cache_twice_is_for_one_berth(more: 
     scene.ask(request=ASKED | more)
     assert scene.handles["chat@a"].asked == [(ASKED | more,)]
     assert prefill_counts(scene) == {"apart": 0, "alone": 1}
+
+
+@pytest.mark.parametrize("more", [{PARAMS: {"remote_host": "10.0.0.1"}}, {"vllm_xargs": {PARAMS: "x"}}], ids=str)
+def test_no_client_names_an_engine_to_connect_to(more: dict[str, Any]) -> None:
+    refuse_params(ASKED | {"vllm_xargs": {"other": 1}})
+    with pytest.raises(ApiError) as refused:
+        refuse_params(ASKED | more)
+    assert (refused.value.status, refused.value.param) == (400, PARAMS)
 
 
 def test_token_ids_are_one_prompt() -> None:
