@@ -8,6 +8,8 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
+from berth.ray.patience import Patience
+
 POLL_S = 3.0
 SETTLE_S = 2.0
 """After a change: Serve's controller takes a moment before its status shows it."""
@@ -27,7 +29,7 @@ class ActionModule(ActionBase):
 
     def _roll_out(self, args: dict[str, Any], task_vars: Any) -> dict[str, Any]:
         started, steps, shown = time.monotonic(), [], ""
-        timeout_s, slot_timeout_s = int(args.get("timeout_s", 900)), int(args.get("slot_timeout_s", 120))
+        patience = Patience(int(args.get("timeout_s", 900)), int(args.get("slot_timeout_s", 120)))
         phase = "first"
         while True:
             answer = self._pass(args, phase, task_vars)
@@ -48,8 +50,7 @@ class ActionModule(ActionBase):
             if answer["text"] != shown:
                 shown = answer["text"]
                 self._show(answer, elapsed, args)
-            waiting_for_slots = answer.get("joining", False)
-            if elapsed > (slot_timeout_s if waiting_for_slots else timeout_s):
+            if patience.is_out(elapsed, answer.get("joining", False)):
                 return self._give_up(args, answer, steps, task_vars)
             time.sleep(SETTLE_S if answer["kind"] == "put" else POLL_S)
 

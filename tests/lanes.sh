@@ -51,7 +51,8 @@ for target in $*; do
     said=passed
     [ "$code" = 0 ] || failed=1 said="FAILED, its whole output: $logs/$target.log"
     printf 'berth: %-12s %3d:%02d  %s\n' "$target" $((seconds / 60)) $((seconds % 60)) "$said"
+    # The first of it, each line once: one cluster that does not start fails all of its tests.
     [ "$code" = 0 ] || sed 's/\x1b\[[0-9;]*m//g' "$logs/$target.log" |
-        grep -E '^(FAILED|ERROR|E  )|fatal: |^make.*Error|: error:' | cut -c 1-400 | tail -n 20
+        grep -E -A 4 '^(FAILED|ERROR|E  )|fatal: |^make.*Error|: error:' | cut -c 1-160 | awk 'NF && !seen[$0]++' | head -n 14
 done
 exit "${failed:-0}"

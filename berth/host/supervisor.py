@@ -15,7 +15,7 @@ from supervisor.xmlrpc import SupervisorTransport
 from berth.errors import BerthError
 from berth.host.processes import CLUSTER_VARIABLE, own_processes, terminate
 
-START_S = 15.0
+START_S = 60.0
 UP = ("RUNNING", "STARTING", "BACKOFF")
 VERBS = {"removed": "removed", "changed": "restarted", "added": "started", "down": "started"}
 """What ``apply`` does to a unit in each state of ``pending``."""

@@ -47,6 +47,8 @@ class Cluster:
             "ray_head_dashboard_agent_port": self.port_base + 3,
             "ray_head_metrics_port": self.port_base + 4,
             "serve_apps_http_port": self.port_base + 5,
+            # Another cluster starts beside it, on two cores.
+            "serve_apps_slot_timeout_s": 600,
             "ray_slot_dashboard_agent_port_base": self.port_base + 20,
             "ray_slot_metrics_port_base": self.port_base + 40,
             "ray_head_node_port_base": self.port_base + 100,
