@@ -10,7 +10,8 @@ from ansible.utils.display import Display
 
 from berth.ray.patience import Patience
 
-POLL_S = 3.0
+WATCH_S = 15.0
+"""How long one pass may look on; Ctrl-C and ``serve_apps_timeout_s`` are heard in between."""
 SETTLE_S = 2.0
 """After a change: Serve's controller takes a moment before its status shows it."""
 
@@ -30,9 +31,10 @@ class ActionModule(ActionBase):
     def _roll_out(self, args: dict[str, Any], task_vars: Any) -> dict[str, Any]:
         started, steps, shown = time.monotonic(), [], ""
         patience = Patience(int(args.get("timeout_s", 900)), int(args.get("slot_timeout_s", 120)))
-        phase = "first"
+        phase, elapsed = "first", 0.0
         while True:
-            answer = self._pass(args, phase, task_vars)
+            watch_s = min(WATCH_S, patience.left_s(elapsed))
+            answer = self._pass(args | {"known": shown, "watch_s": watch_s}, phase, task_vars)
             if answer.get("failed"):
                 return answer | {"changed": bool(steps), "steps": steps}
             elapsed = time.monotonic() - started
@@ -52,7 +54,8 @@ class ActionModule(ActionBase):
                 self._show(answer, elapsed, args)
             if patience.is_out(elapsed, answer.get("joining", False)):
                 return self._give_up(args, answer, steps, task_vars)
-            time.sleep(SETTLE_S if answer["kind"] == "put" else POLL_S)
+            if answer["kind"] == "put":
+                time.sleep(SETTLE_S)
 
     def _pass(self, args: dict[str, Any], phase: str, task_vars: Any) -> dict[str, Any]:
         answer: dict[str, Any] = self._execute_module(

@@ -44,6 +44,14 @@ options:
     description: What one engine start takes here; for the message when a model is down.
     type: int
     default: 60
+  known:
+    description: Set by the action plugin; what was waited for when it last looked.
+    type: str
+    default: ""
+  watch_s:
+    description: Set by the action plugin; how long to look on while nothing but I(known) is waited for.
+    type: float
+    default: 0.0
   phase:
     description: Set by the action plugin.
     choices:
@@ -99,7 +107,7 @@ try:
     from berth.plan.apps import load_apps
     from berth.plan.types import Plan
     from berth.ray.client import RayClient, Refused, read_token
-    from berth.ray.deploy import reconcile, rehearse, stuck
+    from berth.ray.deploy import rehearse, stuck, watch
     from berth.ray.rollout import Wanted
     from berth.ray.serve_config import ServeOptions, berth_apps
 
@@ -150,6 +158,8 @@ def main() -> None:
             "timeout_s": {"type": "int", "default": 900},
             "slot_timeout_s": {"type": "int", "default": 120},
             "expected_start_s": {"type": "int", "default": 60},
+            "known": {"type": "str", "default": ""},
+            "watch_s": {"type": "float", "default": 0.0},
             "phase": {"choices": ["first", "next", "why"], "default": "first"},
         },
         supports_check_mode=True,
@@ -166,7 +176,8 @@ def main() -> None:
             module.exit_json(**rehearsal(client, wanted))
         if params["phase"] == "why":
             module.exit_json(changed=False, kind="wait", text=stuck(client), steps=[])
-        outcome = reconcile(client, plan, wanted, retry_failed=params["phase"] == "first")
+        retry_failed = params["phase"] == "first"
+        outcome = watch(client, plan, wanted, retry_failed, params["known"], params["watch_s"])
     except BerthError as error:
         module.fail_json(msg=str(error))
     module.exit_json(

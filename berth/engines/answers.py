@@ -60,8 +60,19 @@ def usage(prompt: int, answered: int = 0) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered}
 
 
+RESPONSES = {
+    "chat": "ChatCompletionResponse",
+    "completions": "CompletionResponse",
+    "embeddings": "EmbeddingResponse",
+    "score": "ScoreResponse",
+    "tokenize": "TokenizeResponse",
+    "detokenize": "DetokenizeResponse",
+}
+"""The class of ray.serve.llm's that a whole answer is, by the method of the replica."""
+
+
 def plain(request: Any) -> dict[str, Any]:
-    """The light gateway asks with plain JSON, ray.serve.llm's with its classes."""
+    """A request as JSON, which the light gateway has anyway; ray.serve.llm's has its classes."""
     if isinstance(request, dict):
         return request
     found: dict[str, Any] = request.model_dump(exclude_unset=True, by_alias=True)
@@ -69,7 +80,7 @@ def plain(request: Any) -> dict[str, Any]:
 
 
 def in_kind(body: dict[str, Any], request: Any, response: str) -> Any:
-    """In the kind of the question."""
+    """An answer in the kind of the question."""
     if isinstance(request, dict):
         return body
     from ray.llm._internal.serve.core.configs import openai_api_models as shapes

@@ -24,6 +24,7 @@ from ray.llm._internal.serve.observability.metrics.fast_api_metrics import (
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from berth.engines.answers import RESPONSES, in_kind
 from berth.engines.errors import ApiError
 from berth.engines.http import RerankRequest, add_error_handlers, error_response, model_list, one_model, ranked, session
 from berth.engines.prefill import refuse_params
@@ -59,7 +60,8 @@ class Gateway(OpenAiIngress):  # type: ignore[misc]
                 raise ApiError(400, str(error), param="messages") from None
         info = RawRequestInfo.from_starlette_request(raw_request) if raw_request is not None else None
         async for response in self._routes.answer(body.model, call_method, body, info, session=session()):
-            yield response
+            # From an engine that reads and writes JSON.
+            yield in_kind(response, body, RESPONSES[call_method]) if isinstance(response, dict) else response
 
     async def models(self) -> JSONResponse:
         return await model_list(self._routes, self._started)

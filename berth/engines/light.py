@@ -38,7 +38,7 @@ class LightServer:
     """The part of LLMServer's protocol that the gateway uses, without vLLM."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        # The first request brings vLLM's classes with it, and their import would close Serve's log
+        # A request from a gateway of before brings vLLM's classes with it, and their import would close Serve's log
         # (berth.engines.log_handlers); without an engine there is nothing of vLLM's to log.
         os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
         self._model = str(config["model"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from berth.engines.affinity import ADAPTER_SLACK, Affinity, home, keys_of
+from berth.engines.answers import plain
 from berth.engines.errors import ApiError, down, failure, full, refusal, unknown
 from berth.engines.prefill import for_decode, for_prefill
 
@@ -27,7 +28,8 @@ class TableBerth:
     Where Serve scales it, ``wake_above`` is what all its replicas should have outstanding at most, beyond which another
     berth is woken; one that ``sleeps`` may be without a replica, and a request makes Serve start one.
     ``may_differ``: its engine may be another than vLLM, and is asked. ``works_on``: requests that its replicas work on
-    at once, where they fetch prompts' KV caches from others.
+    at once, where they fetch prompts' KV caches from others. ``plain``: its engine reads JSON; to unpickle
+    vLLM's classes its replicas would import vLLM, some 10 s of CPU time and 600 MB for nothing.
     """
 
     app: str
@@ -39,6 +41,7 @@ class TableBerth:
     sleeps: bool = False
     may_differ: bool = False
     works_on: int | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Routes:
             sleeps=bool(berth.get("sleeps")),
             may_differ=bool(berth.get("may_differ")),
             works_on=berth.get("works_on"),
+            plain=bool(berth.get("plain")),
         )
 
     def models(self) -> dict[str, list[str]]:
@@ -261,7 +265,8 @@ class Routes:
         try:
             if asked.partition(":")[0] in self._prefills:
                 request = await self._read_apart(berth, asked, session, method, request, *more)
-            response = getattr(berth.handle, method).remote(request, *more)
+            asks = (plain(request),) if berth.plain else (request, *more)
+            response = getattr(berth.handle, method).remote(*asks)
             async for part in response:
                 if not begun and (error := refusal(part)) is not None:
                     raise error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +20,8 @@ MAX_STEPS = 1000
 LOG_LINES = 30
 GIST_LINES = 8
 MAX_LOGS = 2
+WATCH_S = 1.5
+"""Between two looks at Serve, each of which costs the dashboard some 20 ms."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,29 @@ def reconcile(client: RayClient, plan: Plan, wanted: Wanted, retry_failed: bool)
         return Outcome("wait", f"slots {', '.join(missing)} to join the Ray cluster", joining=True)
     text = f"{step.why}{_progress(step, live)}"
     return Outcome(step.kind, text, changed=step.kind == "put", down=step.down)
+
+
+def watch(
+    client: RayClient,
+    plan: Plan,
+    wanted: Wanted,
+    retry_failed: bool,
+    known: str,
+    watch_s: float,
+    every_s: float = WATCH_S,
+) -> Outcome:
+    """``reconcile`` again and again while all there is to do is to wait as ``known`` says, for ``watch_s`` at most: a
+    pass of its own costs the controller and the head over a CPU second each.
+
+    Raises:
+        BerthError: as ``reconcile``.
+    """
+    until = time.monotonic() + watch_s
+    outcome = reconcile(client, plan, wanted, retry_failed)
+    while (outcome.kind, outcome.text) == ("wait", known) and time.monotonic() < until:
+        time.sleep(every_s)
+        outcome = reconcile(client, plan, wanted, retry_failed=False)
+    return outcome
 
 
 def rehearse(serve: Mapping[str, Any], wanted: Wanted) -> list[Step]:

@@ -23,3 +23,10 @@ class Patience:
         if self._joining_since_s is None:
             self._joining_since_s = elapsed_s
         return elapsed_s > self.timeout_s or elapsed_s - self._joining_since_s > self.slot_timeout_s
+
+    def left_s(self, elapsed_s: float) -> float:
+        """How long may still be waited for what the last pass waited for."""
+        left = self.timeout_s - elapsed_s
+        if self._joining_since_s is not None:
+            left = min(left, self.slot_timeout_s - (elapsed_s - self._joining_since_s))
+        return max(0.0, left)

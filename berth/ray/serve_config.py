@@ -25,6 +25,8 @@ GATEWAY_ENV = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
+PLAIN_ENGINES = ("light", "transformers", "vllm_server")
+"""Those that read JSON. vLLM's own, and so one that may have a fallback in its place, takes ray.serve.llm's classes."""
 MAX_BODY_VARIABLE = "BERTH_GATEWAY_MAX_BODY_MIB"
 NODE_PATIENCE_S = 30.0
 """How much longer than the replica that leads a node of its team may take to stop: it stops after it."""
@@ -285,8 +287,11 @@ def _table_berth(app: Mapping[str, Any]) -> dict[str, Any]:
         found["works_on"] = deployment["max_ongoing_requests"] * most(app)
     if adapters := app["args"].get("adapters"):
         found["adapters"] = sorted(adapters)
-    if app["args"].get("engine") == "transformers" or app["args"].get("fallback"):
+    engine = app["args"].get("engine")
+    if engine == "transformers" or app["args"].get("fallback"):
         found["may_differ"] = True
+    if engine in PLAIN_ENGINES:
+        found["plain"] = True
     return found
 
 

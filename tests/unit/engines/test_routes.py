@@ -133,6 +133,27 @@ def test_a_berth_that_may_run_another_engine_is_asked_once_and_the_model_says_so
     assert scene.routes.engines() == {}, "a berth of the same name may be another one"
 
 
+def test_an_engine_that_reads_json_gets_json_and_nothing_else() -> None:
+    class Request:
+        """As pydantic's."""
+
+        def model_dump(self, **_how: Any) -> dict[str, Any]:
+            return {"model": "chat"}
+
+    config = table(chat={"chat@a": 1}, other={"other@a": 1})
+    config["models"]["chat"]["berths"][0]["plain"] = True
+    scene, request, info = Scene(config), Request(), object()
+
+    async def ask(model: str) -> None:
+        async for _ in scene.routes.answer(model, "chat", request, info):
+            pass
+
+    asyncio.run(ask("chat"))
+    asyncio.run(ask("other"))
+    assert scene.handles["chat@a"].asked == [({"model": "chat"},)]
+    assert scene.handles["other@a"].asked == [(request, info)]
+
+
 def test_a_berth_that_does_not_say_which_engine_it_runs_is_asked_again() -> None:
     config = table(chat={"chat@a": 1})
     config["models"]["chat"]["berths"][0]["may_differ"] = True

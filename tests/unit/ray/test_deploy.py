@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from berth.errors import BerthError, CouldNotTell
 from berth.plan.types import Plan
 from berth.ray.client import RayClient, Refused, read_token
-from berth.ray.deploy import check_feasible, failure_logs, lives, missing_slots, reconcile, rehearse, stuck
+from berth.ray.deploy import check_feasible, failure_logs, lives, missing_slots, reconcile, rehearse, stuck, watch
 from berth.ray.rollout import Wanted, next_step
 from berth.ray.serve_config import GATEWAY, gateway_app, gateway_table
 from berth.ray.state import parse_state, read_state
@@ -109,6 +110,24 @@ def test_a_slot_that_has_not_joined_is_waited_for(dashboard: Dashboard, client: 
     outcome = reconcile(client, *aim(CHAT, RERANK), retry_failed=True)
     assert (outcome.kind, outcome.text) == ("wait", "slots gpu01-1 to join the Ray cluster")
     assert dashboard.puts == []
+
+
+def test_a_pass_looks_on_while_nothing_else_is_waited_for(dashboard: Dashboard, client: RayClient) -> None:
+    dashboard.nodes, known = [NODES[0]], "slots gpu01-1 to join the Ray cluster"
+
+    def looks(known: str, watch_s: float) -> int:
+        dashboard.queries.clear()
+        outcome = watch(client, *aim(RERANK), True, known, watch_s, every_s=0.01)
+        assert (outcome.kind, outcome.text) == ("wait", "slots gpu01-1 to join the Ray cluster")
+        return sum(path == "/api/v0/nodes" for path, _ in dashboard.queries)
+
+    assert looks("", 60) == 1, "what is new is told at once"
+    assert looks(known, 0) == 1
+    assert looks(known, 0.3) > 1
+    joins = threading.Timer(0.2, lambda: dashboard.nodes.extend(NODES[1:]))
+    joins.start()
+    assert watch(client, *aim(RERANK), True, known, 60, every_s=0.01).kind == "put"
+    joins.join()
 
 
 def test_slots_without_a_berth_are_waited_for_once_the_rest_is_done(dashboard: Dashboard, client: RayClient) -> None:

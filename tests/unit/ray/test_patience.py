@@ -22,3 +22,12 @@ def test_slots_that_do_not_come_are_given_up_after_their_time_at_a_stretch() -> 
 def test_the_whole_takes_no_longer_than_its_own_time_whatever_is_waited_for() -> None:
     assert out((899, False), (901, False)) == [False, True]
     assert out((800, True), (901, True)) == [False, True]
+
+
+def test_nobody_looks_on_for_longer_than_there_is_time() -> None:
+    patience = Patience(timeout_s=900, slot_timeout_s=180)
+    assert (patience.left_s(0), patience.left_s(890), patience.left_s(950)) == (900, 10, 0)
+    patience.is_out(100, joining=True)
+    assert patience.left_s(270) == 10
+    patience.is_out(271, joining=False)
+    assert patience.left_s(280) == 620

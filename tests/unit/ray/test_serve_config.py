@@ -280,6 +280,15 @@ def test_the_gateway_asks_those_that_may_run_another_engine_than_vllm() -> None:
     assert [entry.get("may_differ") for entry in entries] == [True, True, None]
 
 
+def test_engines_that_read_json_are_asked_in_it() -> None:
+    """One that may have a fallback in vLLM's place runs vLLM as a rule, which takes no JSON."""
+    asked = [berth(engine=name) for name in ("light", "transformers", "vllm_server", "llm", "rerank")]
+    entries = [gateway_table([], [config])["models"]["chat"]["berths"][0] for config in asked]
+    assert [entry.get("plain") for entry in entries] == [True, True, True, None, None]
+    (entry,) = gateway_table([], [berth(fallback="transformers")])["models"]["chat"]["berths"]
+    assert "plain" not in entry
+
+
 def test_a_berth_of_a_model_that_is_no_longer_wanted_stays_in_the_table_until_it_goes() -> None:
     assert gateway_table([], [app("chat", "gpu01-0")])["models"]["chat"]["berths"][0]["app"] == "chat@gpu01-0"
 
