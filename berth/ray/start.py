@@ -140,7 +140,7 @@ def command(node: NodeConfig) -> list[str]:
     uses(ports)
     first, last = ports.workers
     if last - first + 1 < node.num_cpus:
-        # Ray keeps a worker per CPU ready; one without a port never starts.
+        # A worker without a port never starts.
         raise BerthError(
             f"{node.name} has fewer ports for workers than CPUs",
             found=f"{last - first + 1} ports ({first}-{last}), {node.num_cpus:g} CPUs",
@@ -197,6 +197,10 @@ def labels(node: NodeConfig) -> dict[str, str]:
     return {**{key: value for key, value in node.labels.items() if value}, **own}
 
 
+NO_IDLE_WORKERS = {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
+"""Python workers kept ready are for tasks without an environment of their own; every replica brings one."""
+
+
 def environment(node: NodeConfig, gpu_indices: tuple[str, ...]) -> dict[str, str]:
     """The environment of ``ray start``, inherited by every worker and replica of the node."""
     ours = {
@@ -210,6 +214,7 @@ def environment(node: NodeConfig, gpu_indices: tuple[str, ...]) -> dict[str, str
         "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
         # Hosts get their security updates on different days; Ray's default is to refuse another patch level of Python.
         "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
+        **NO_IDLE_WORKERS,
         "RAY_USAGE_STATS_ENABLED": "0",
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -73,11 +73,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def with_adapter(directory: Path) -> list[dict[str, Any]]:
-    """The local inventory's app list, chat with a LoRA adapter beside it."""
+    """The local inventory's app list, chat with a LoRA adapter beside it, embedding once: chat shows two of a kind."""
     bad_input.write_adapter(directory)
     text = (ROOT / "inventories/local/group_vars/all/apps.yml").read_text(encoding="utf-8")
     apps: list[dict[str, Any]] = yaml.safe_load(text)["serve_apps_list"]
-    (chat,) = (app for app in apps if app["name"] == "chat")
+    chat, embedding = (next(app for app in apps if app["name"] == name) for name in ("chat", "embedding"))
+    embedding["replicas"] = 1
     chat["adapters"] = {"tiny": str(directory)}
     chat["engine_args"] |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8, **openai_features.ENGINE_ARGS}
     return apps
@@ -126,7 +127,7 @@ def test_pack_shares_gpus_as_planned(cluster: Cluster) -> None:
     berths = cluster.plan()["berths"]
     assert {berth["slot"] for berth in berths if berth["deployment"] not in ("far", "wide")} == {"local-0"}
     counts = {berth["deployment"]: berth["replicas"] for berth in berths}
-    assert counts == {"chat": 2, "embedding": 2, "far": 1, "old": 1, "rerank": 1, "wide": 1}
+    assert counts == {"chat": 2, "embedding": 1, "far": 1, "old": 1, "rerank": 1, "wide": 1}
     report = cluster.verify()
     assert (report["rc"], report["ok"], report["failures"]) == (0, True, [])
 
@@ -415,7 +416,7 @@ def test_flip_to_spread_is_make_before_break(cluster: Cluster, foreign: list[psu
                 continue
             assert len(pids) == 1, f"{name} has {len(pids)} replicas"
     counts = {model: len(slots) for model, slots in placed.items()}
-    assert counts == {"chat": 2, "embedding": 2, "far": 1, "old": 1, "rerank": 1, "wide": 1}
+    assert counts == {"chat": 2, "embedding": 1, "far": 1, "old": 1, "rerank": 1, "wide": 1}
     assert after[f"wide@{PAIR}"] == before[f"wide@{PAIR}"], "there is one slot of two GPUs, and yet its replica moved"
     assert _raylets(cluster) == raylets, "a raylet was restarted"
     assert after["berth-gateway"] == before["berth-gateway"], "the gateway was restarted"

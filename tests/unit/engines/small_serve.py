@@ -19,6 +19,7 @@ import pytest
 import requests
 
 from berth.gpu.sim import build
+from berth.ray.start import NO_IDLE_WORKERS
 from tests.conftest import find_runtime
 
 ROOT = Path(__file__).parents[3]
@@ -70,7 +71,7 @@ def running(
     build.install(sim, {"driver_version": "580.95.05", "context_mib": 10, "gpus": [GPU] * gpus}, seed=name)
     temp = Path(f"/tmp/berth-{name}-{os.getpid()}")
     temp.mkdir()
-    env = {**os.environ, **build.environment(sim), "RAY_USAGE_STATS_ENABLED": "0", **(more or {})}
+    env = {**os.environ, **build.environment(sim), **NO_IDLE_WORKERS, "RAY_USAGE_STATS_ENABLED": "0", **(more or {})}
     # Ray's cluster_utils writes an address file that a Ray elsewhere on this machine must not read.
     env |= {"PYTHONPATH": f"{pythonpath}:{ROOT}".lstrip(":"), "RAY_TMPDIR": str(temp)}
     process = subprocess.Popen(

@@ -10,7 +10,7 @@ import pytest
 
 from berth.codec import dump, load, replace
 from berth.errors import BerthError
-from berth.ray.start import NodeConfig, command, digest, environment, labels, slot_nodes, unit_digests
+from berth.ray.start import NO_IDLE_WORKERS, NodeConfig, command, digest, environment, labels, slot_nodes, unit_digests
 
 # ray/_private/label_utils.py of Ray 2.60
 LABEL = re.compile(r"([a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?)")
@@ -166,6 +166,7 @@ def test_a_slots_environment() -> None:
     assert int(env["RAY_gcs_rpc_server_reconnect_timeout_s"]) >= 600
     assert env["RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL"] == "minor", "preflight lets patch levels differ"
     assert env["HF_HOME"] == "/var/cache/hf"
+    assert {key: env[key] for key in NO_IDLE_WORKERS} == NO_IDLE_WORKERS
     assert "RAY_gcs_storage" not in env
 
 
