@@ -46,6 +46,7 @@ class LightServer:
         self._args = dict(config["engine_args"])
         self._hold_mib = int(self._args.get("hold_mib", int(config["vram_mib"]) * 8 // 10))
         self._token_s = float(self._args.get("token_s", 0))
+        self._held: list[allocator.Allocation] = []
         self.running = 0
         """Answers that are being given."""
 
@@ -60,8 +61,15 @@ class LightServer:
         await asyncio.sleep(float(self._args.get("start_s", 0)))
         while (awaited := self._args.get("start_after")) and not os.path.exists(awaited):
             await asyncio.sleep(START_POLL_S)
+        await self.wake()
+
+    async def wake(self) -> None:
         for device in range(self._gpus):
-            allocator.allocate_mib(self._hold_mib, device)
+            self._held.append(allocator.allocate_mib(self._hold_mib, device))
+
+    async def sleep(self) -> None:
+        while self._held:
+            allocator.free(self._held.pop())
 
     async def check_health(self) -> None:
         allocator.check()

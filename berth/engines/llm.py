@@ -32,6 +32,7 @@ from berth.engines.errors import invalid
 from berth.engines.fallback import NO_PLATFORM, CannotRun, cannot_run
 from berth.engines.prefill import TRANSFER_CONFIG
 from berth.engines.responses import no_responses
+from berth.engines.sleep import LEVEL
 from berth.engines.team import free_port, own_address
 from berth.plan.apps import parallel_sizes
 
@@ -127,6 +128,13 @@ class SlotServer(LLMServer):  # type: ignore[misc]
             asked, engine_method="responses", batch_output_stream=True, raw_request_info=raw_request_info
         )
 
+    async def sleep(self) -> None:
+        """Weights to the host's memory, the KV cache away (vLLM's sleep mode)."""
+        await self.engine._engine_client.sleep(level=LEVEL)
+
+    async def wake(self) -> None:
+        await self.engine._engine_client.wake_up()
+
     async def _warm_up(self) -> None:
         """One short completion before Serve calls the replica ready: the first request compiles kernels, and no user
         should wait for that."""
@@ -147,6 +155,8 @@ def llm_config_of(config: Mapping[str, Any]) -> LLMConfig:
     engine_args |= config.get("node", {})
     if "prefill" in config or "prefill_of" in config:
         engine_args["kv_transfer_config"] = TRANSFER_CONFIG | dict(engine_args.get("kv_transfer_config") or {})
+    if "sleep" in config:
+        engine_args["enable_sleep_mode"] = True
     if config.get("gpu_memory_utilization") is not None:
         engine_args["gpu_memory_utilization"] = config["gpu_memory_utilization"]
     return LLMConfig(

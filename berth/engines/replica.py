@@ -10,13 +10,14 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.util import find_spec
 from typing import Any
 
 from berth.engines.fallback import ASKED_FOR, NOT_INSTALLED, CannotRun
 from berth.engines.gpu_lock import gpu_locks
 from berth.engines.log_handlers import handlers_kept
+from berth.engines.sleep import Sleeper
 from berth.engines.start_errors import Printed, explain, planned_of
 from berth.engines.team import Team
 from berth.errors import BerthError
@@ -49,25 +50,26 @@ class Replica:
         if self._team is not None:
             self._team.ready()
         _report_start(str(config["model"]), time.monotonic() - begun)
+        self._sleeper = _sleeper(self._server, config)
 
     async def about(self) -> AsyncIterator[dict[str, str]]:
         """The engine that runs here and, where it is not the one that was asked for, why."""
         yield self._server.about() if hasattr(self._server, "about") else {"engine": "vllm"}
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
-        return await self._server.chat(request, raw_request_info)
+        return await self._ask(self._server.chat, request, raw_request_info)
 
     async def completions(self, request: Any, raw_request_info: Any = None) -> Any:
-        return await self._server.completions(request, raw_request_info)
+        return await self._ask(self._server.completions, request, raw_request_info)
 
     async def responses(self, request: Any, raw_request_info: Any = None) -> Any:
-        return await self._server.responses(request, raw_request_info)
+        return await self._ask(self._server.responses, request, raw_request_info)
 
     async def embeddings(self, request: Any, raw_request_info: Any = None) -> Any:
-        return await self._server.embeddings(request, raw_request_info)
+        return await self._ask(self._server.embeddings, request, raw_request_info)
 
     async def score(self, request: Any, raw_request_info: Any = None) -> Any:
-        return await self._server.score(request, raw_request_info)
+        return await self._ask(self._server.score, request, raw_request_info)
 
     async def tokenize(self, request: Any, raw_request_info: Any = None) -> Any:
         return await self._server.tokenize(request, raw_request_info)
@@ -78,7 +80,14 @@ class Replica:
     async def check_health(self) -> None:
         if self._team is not None:
             self._team.check()
+        if self._sleeper is not None:
+            self._sleeper.check()
         await self._server.check_health()
+
+    async def _ask(self, method: Callable[..., Awaitable[Any]], *asked: Any) -> Any:
+        if self._sleeper is None:
+            return await method(*asked)
+        return self._sleeper.during(lambda: method(*asked))
 
 
 def _report_start(model: str, seconds: float) -> None:
@@ -94,6 +103,26 @@ def _report_start(model: str, seconds: float) -> None:
     )
     gauge.set(seconds, tags={"model": model, "slot": slot})
     logging.getLogger("ray.serve").info(f"{model} on {slot or 'no slot'} is ready after {seconds:.1f} s")
+
+
+def _sleeper(server: Any, config: dict[str, Any]) -> Sleeper | None:
+    """What sends the engine to sleep, where the app list wants it."""
+    if "sleep" not in config:
+        return None
+    from ray.util.metrics import Gauge
+
+    gauge = Gauge(
+        "berth_replica_asleep",
+        description="1 while the engine sleeps: its memory on the GPU is free, and reserved all the same.",
+        tag_keys=("model", "slot"),
+    )
+    tags = {"model": str(config["model"]), "slot": os.environ.get("BERTH_SLOT", "")}
+
+    def tell(asleep: bool) -> None:
+        gauge.set(float(asleep), tags=tags)
+
+    tell(False)
+    return Sleeper(tags["model"], server, float(config["sleep"]["after_s"]), tell)
 
 
 async def _started(server: Any, config: dict[str, Any]) -> None:

@@ -17,6 +17,9 @@ class SimGpuPlatform(CpuPlatform):  # type: ignore[misc]
     ray_device_key = "GPU"
     device_control_env_var = "CUDA_VISIBLE_DEVICES"
 
+    def is_sleep_mode_available(self) -> bool:
+        return True
+
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
         if vllm_config.parallel_config.worker_cls == "auto":

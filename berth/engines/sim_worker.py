@@ -15,10 +15,12 @@ class SimGpuWorker(CPUWorker):  # type: ignore[misc]
     Never the planned figure, so that the driver's view stays an independent witness.
     """
 
+    _held: list[allocator.Allocation]
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         tensors = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.get_model().parameters()}
-        allocator.allocate(sum(tensors.values()), self.local_rank)
+        self._held = [allocator.allocate(sum(tensors.values()), self.local_rank)]
 
     def compile_or_warm_up_model(self) -> Any:
         # Where nothing is compiled the CPU engine skips the run that gives a pipeline's later stages their buffers.
@@ -28,5 +30,15 @@ class SimGpuWorker(CPUWorker):  # type: ignore[misc]
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         # The driver refuses before the memory is touched, as on a real card.
-        allocator.allocate(sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors), self.local_rank)
+        budget = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+        self._held.append(allocator.allocate(budget, self.local_rank))
         super().initialize_from_config(kv_cache_config)
+
+    def sleep(self, level: int = 1) -> None:
+        """What vLLM's GPU worker gives back at level 1; the tensors themselves lie in the host's memory anyway."""
+        self._slept = [item.mib for item in self._held]
+        while self._held:
+            allocator.free(self._held.pop())
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self._held = [allocator.allocate_mib(round(mib), self.local_rank) for mib in self._slept]

@@ -89,6 +89,15 @@ class Autoscaling:
 
 
 @dataclass(frozen=True)
+class Sleep:
+    """An engine that nobody has asked for ``after_s`` seconds gives its memory on the GPU back and keeps its weights in
+    the host's, until the next request (berth.engines.sleep). The plan reserves its memory as ever."""
+
+    __pydantic_config__ = STRICT
+    after_s: float
+
+
+@dataclass(frozen=True)
 class AppSpec:
     """One model of the app list.
 
@@ -111,6 +120,7 @@ class AppSpec:
     With ``prefill``, replicas of their own read the prompts and hand the KV cache over; it has those keys of the app
     (PREFILL_KEYS) that are otherwise for them, and ``load_apps`` makes an app of its own of it, which ``prefill_of``
     names.
+    With ``sleep``, an engine that nobody asks gives its memory back until somebody does.
     From ``priority`` on, the planner's words: see ``berth.plan.types.Deployment``.
     """
 
@@ -148,6 +158,7 @@ class AppSpec:
     placement: PlacementName = "berths"
     prefill: dict[str, Any] | None = None
     prefill_of: str = ""
+    sleep: Sleep | None = None
 
     @property
     def given_mib(self) -> dict[str, int] | None:
@@ -313,6 +324,7 @@ def _check(app: AppSpec, mend: str) -> None:
     _check_autoscaling(app, mend)
     _check_team(app, mend)
     _check_pool(app, mend)
+    _check_sleep(app, mend)
     _check_transformers(app, mend)
     _check_engine_args(app)
 
@@ -412,6 +424,33 @@ def _check_pool(app: AppSpec, mend: str) -> None:
                 f"app {app.name}: {key} is not for a pool: {why}",
                 found=found,
                 allowed=f"{allowed}, or placement: berths",
+                mend=mend,
+            )
+
+
+def _check_sleep(app: AppSpec, mend: str) -> None:
+    if app.sleep is None:
+        return
+    if app.sleep.after_s <= 0:
+        raise BerthError(
+            f"app {app.name}: sleep.after_s is no time", found=app.sleep.after_s, allowed="> 0 seconds", mend=mend
+        )
+    for key, found, allowed, why in (
+        ("engine", app.engine, ("llm", "embedding", "rerank", "light"), "it has no sleep mode"),
+        ("fallback", app.fallback, ("",), "the engine in vLLM's place has no sleep mode"),
+        ("slots_per_replica", app.slots_per_replica, (1,), "nobody has tried it over several"),
+        (
+            "prefill",
+            "set" if app.prefill is not None else None,
+            (None,),
+            "another replica may be about to fetch the KV cache",
+        ),
+    ):
+        if found not in allowed:
+            raise BerthError(
+                f"app {app.name}: {key} is not for a model that sleeps: {why}",
+                found=found,
+                allowed=" or ".join(str(item or "not set") for item in allowed) + ", or no sleep",
                 mend=mend,
             )
 

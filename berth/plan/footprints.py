@@ -160,6 +160,7 @@ def read_source(app: AppSpec) -> Source:
         **parallel_sizes(app.gpus_per_replica, app.slots_per_replica, app.across_slots),
         "runner": RUNNERS.get(app.engine, "generate"),
         "concurrency": app.concurrency,
+        **({"enable_sleep_mode": True} if app.sleep else {}),
         # It captures no graphs.
         **({"enforce_eager": True} if app.engine == "transformers" else {}),
     }
@@ -183,7 +184,8 @@ def note_measured(
     """Keep what the replicas of a verified cluster really hold; (keys newly written, findings in words).
 
     ``rows`` are ``berth.verify.compare.Row``: only running replicas whose memory the driver tells count, the fullest
-    GPU of each model and product. ``scales`` gives each host's ``vram_scale``.
+    GPU of each model and product. ``scales`` gives each host's ``vram_scale``. Models that sleep are left
+    out: what they hold asleep is less than they will.
 
     Raises:
         BerthError: the store cannot be read or written.
@@ -200,7 +202,7 @@ def note_measured(
     by_name = {app.name: app for app in apps}
     totals = {slot.product: slot.total_mib for slot in plan.slots}
     for (name, product, scale), mib in sorted(held.items()):
-        if name in by_name:
+        if name in by_name and by_name[name].sleep is None:
             card = Card(product, totals[product], scale)
             _note(by_name[name], card, plan.footprints[name][product], mib, store, written, findings)
     return written, findings

@@ -100,6 +100,7 @@ def berth_app(
             **({"team": [item.name for item in team], "across_slots": spec.across_slots} if team else {}),
             **({"prefill": prefill_name(spec.name)} if spec.prefill is not None else {}),
             **({"prefill_of": spec.prefill_of} if spec.prefill_of else {}),
+            **({"sleep": {"after_s": spec.sleep.after_s}} if spec.sleep else {}),
         },
         "runtime_env": {"env_vars": env} if env else {},
         "deployments": [

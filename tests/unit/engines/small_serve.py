@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +31,8 @@ WAIT_S = 90
 class Cluster:
     """The driver's end of gateway_cluster.py."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+    def __init__(self, process: subprocess.Popen[str], sim: Path) -> None:
+        self._process, self._sim = process, sim
         assert self._answer() == {"ready": True}
 
     def tell(self, **command: Any) -> dict[str, Any]:
@@ -39,6 +40,16 @@ class Cluster:
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         return self._answer()
+
+    def used_mib(self) -> int:
+        """What the driver says is in use, on all GPUs, asked through pynvml in a process of its own."""
+        code = (
+            "import pynvml as n; n.nvmlInit()\n"
+            "gpus = map(n.nvmlDeviceGetHandleByIndex, range(n.nvmlDeviceGetCount()))\n"
+            "print(sum(n.nvmlDeviceGetMemoryInfo(gpu).used for gpu in gpus) >> 20)"
+        )
+        env = {**os.environ, **build.environment(self._sim)}
+        return int(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout
@@ -84,7 +95,7 @@ def running(
         text=True,
     )
     try:
-        yield kind(process)
+        yield kind(process, sim)
     finally:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         assert process.stdin

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
 from berth.client import client
-from berth.plan.apps import Autoscaling
+from berth.plan.apps import Autoscaling, Sleep
 from berth.plan.types import Berth
 from berth.ray.deploy import lives
 from berth.ray.rollout import Wanted, next_step
@@ -37,6 +38,8 @@ SCALING = Autoscaling(
     max_replicas=2, target_ongoing_requests=1, upscale_delay_s=0.5, downscale_delay_s=2, look_back_period_s=1
 )
 QUICK = {"tokens": 4, "max_model_len": 50}
+HOLD_MIB, OTHERS_MIB = 700, 600
+"""What one that sleeps holds awake; more than all others take or give back meanwhile."""
 
 pytestmark = pytest.mark.runtime
 
@@ -62,6 +65,7 @@ APPS = {
         light("slow", "b", engine_args={"tokens": 30, "token_s": 0.2}, max_ongoing_requests=100),
         light("small", "a", engine_args={"tokens": 30, "token_s": 1}, max_ongoing_requests=2, max_queued_requests=1),
         light("idle", "a", engine_args={"tokens": 1, "token_s": 0.5}, autoscaling=SCALING, max_ongoing_requests=2),
+        light("dozes", "a", engine_args={**QUICK, "hold_mib": HOLD_MIB}, sleep=Sleep(1)),
         light("apart", "a", engine_args=QUICK, prefill={}),
         light("apart-prefill", "a", engine_args=QUICK, prefill_of="apart"),
         light("many", "a", engine_args={"tokens": 2, "token_s": 15}, max_ongoing_requests=600),
@@ -118,6 +122,7 @@ def test_every_route_answers_in_openais_shape(cluster: Cluster) -> None:
         "apart",
         "chat",
         "chat:sql",
+        "dozes",
         "embedding",
         "idle",
         "many",
@@ -378,6 +383,18 @@ def test_a_model_sleeps_wakes_grows_and_sleeps_again(cluster: Cluster) -> None:
     assert first in cluster.tell(pids="idle@a")["pids"]
     wait(lambda: health()["asleep"] == ["idle@a"], 40)
     assert cluster.tell(pids="idle@a")["pids"] == []
+
+
+def test_an_engine_that_nobody_asks_gives_its_memory_back_and_wakes_for_all_who_do(cluster: Cluster) -> None:
+    assert chat("dozes").status_code == 200
+    for _ in range(2):
+        awake = cluster.used_mib()
+        wait(lambda full=awake: cluster.used_mib() <= full - OTHERS_MIB)
+        assert "dozes@a" in health()["models"]["dozes"]
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: chat("dozes"), range(4)))
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert cluster.used_mib() >= awake - OTHERS_MIB // 2
 
 
 def test_a_berth_leaves_the_table_and_goes_under_load_without_an_error(cluster: Cluster) -> None:

@@ -1,6 +1,6 @@
 """vLLM's own engines behind the gateway, on two nodes: what light ones cannot show.
 
-Prompts read by one engine and answered by another, and a model that sees.
+Prompts read by one engine and answered by another, a model that sees, and one that sleeps.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ APPS: list[dict[str, Any]] = [
         "engine_args": {**SMALL, "enable_prefix_caching": False},
         "prefill": {"pins": ["GPU-1"], "engine_args": {"max_num_seqs": 2}},
     },
-    {**SHARED, "name": "sees", "model": str(MODELS / "vision"), "pins": ["GPU-1"], "engine_args": SMALL},
+    {
+        **SHARED,
+        "name": "sees",
+        "model": str(MODELS / "vision"),
+        "pins": ["GPU-1"],
+        "engine_args": SMALL,
+        "sleep": {"after_s": 5},
+    },
 ]
 
 pytestmark = pytest.mark.runtime
@@ -178,3 +185,17 @@ def test_a_model_that_sees_is_shown_pictures_as_openais_are(cluster: Cluster) ->
     chat = [{"role": "user", "content": [{"type": "text", "text": "hi"}, picture(*RED)]}]
     blind = ask("/v1/chat/completions", prompt=None, messages=chat)
     assert blind.status_code == 400, "a model that does not see says so"
+
+
+def test_an_engine_that_nobody_asks_sleeps_and_wakes_as_it_was(cluster: Cluster) -> None:
+    def told() -> str:
+        answer = ask(model="sees")
+        assert answer.status_code == 200, answer.text
+        text: str = answer.json()["choices"][0]["text"]
+        return text
+
+    before, awake = told(), cluster.used_mib()
+    wait(lambda: cluster.used_mib() < awake, found=cluster.used_mib)
+    assert awake - cluster.used_mib() >= SMALL["kv_cache_memory_bytes"] >> 20
+    assert told() == before
+    assert cluster.used_mib() == awake

@@ -133,6 +133,32 @@ def test_what_a_pool_cannot_have(more: dict[str, Any], says: str) -> None:
         load_apps([app | more])
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"sleep": {"after_s": 0}}, "sleep.after_s is no time; found: 0.0; allowed: > 0"),
+        ({"sleep": {}}, "after_s"),
+        ({"engine": "vllm_server"}, "engine is not for a model that sleeps: it has no sleep mode; found: vllm_server"),
+        ({"fallback": "transformers"}, "fallback is not for a model that sleeps"),
+        ({"slots_per_replica": 2}, "slots_per_replica is not for a model that sleeps: .*; allowed: 1, or no sleep"),
+        ({"prefill": {}}, "prefill is not for a model that sleeps: .*KV cache; found: set"),
+    ],
+)
+def test_what_cannot_sleep(more: dict[str, Any], says: str) -> None:
+    assert load_apps([APP | {"sleep": {"after_s": 60}}])[0].sleep
+    with pytest.raises(BerthError, match=says):
+        load_apps([APP | {"sleep": {"after_s": 60}} | more])
+
+
+def test_what_sleeps_keeps_its_room_and_its_engine_is_made_for_it(tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    app = {key: value for key, value in APP.items() if key != "vram_mib"} | {"model": str(tmp_path)}
+    awake, asleep = (load_apps([app | more])[0] for more in ({}, {"sleep": {"after_s": 60}}))
+    assert not read_source(awake).engine.enable_sleep_mode
+    assert read_source(asleep).engine.enable_sleep_mode
+    assert awake.deployment({"default": 4000}) == asleep.deployment({"default": 4000})
+
+
 def test_a_pool_is_planned_as_one_with_room_for_the_most() -> None:
     app = {"name": "chat", "engine": "llm", "model": "org/chat", "replicas": 0, "vram_mib": 100, "placement": "pool"}
     (made,) = load_apps([app | {"autoscaling": {"max_replicas": 8}, "fallback": "transformers"}])

@@ -10,7 +10,7 @@ import pytest
 
 from berth.codec import replace
 from berth.errors import BerthError
-from berth.plan.apps import AppSpec, load_apps
+from berth.plan.apps import AppSpec, Sleep, load_apps
 from berth.plan.footprints import Card, cards, footprints, note_measured
 from berth.plan.slots import HostInput, build_slots
 from berth.plan.types import Plan, PlannedFootprint
@@ -110,6 +110,8 @@ def test_what_ran_is_used_for_what_is_placed_anew(app: AppSpec, tmp_path: Path, 
     scales = {"gpu01": scale}
     assert note_measured([app], plan, scales, rows(None), store) == ([], [])
     assert note_measured([app], plan, scales, rows(held, "STARTING"), store) == ([], [])
+    dozes = replace(app, sleep=Sleep(60))
+    assert note_measured([dozes], plan, scales, rows(held), store) == ([], []), "it may have been asleep"
     written, _ = note_measured([app], plan, scales, rows(held), store)
     assert written == [f"chat on {card.name}: {held} MiB"]
     assert note_measured([app], plan, scales, rows(held), store)[0] == [], "a second look writes nothing"

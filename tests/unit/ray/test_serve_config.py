@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from berth.errors import BerthError
-from berth.plan.apps import Autoscaling
+from berth.plan.apps import Autoscaling, Sleep
 from berth.plan.types import Berth
 from berth.ray.serve_config import (
     GATEWAY,
@@ -278,6 +278,11 @@ def test_the_gateway_asks_those_that_may_run_another_engine_than_vllm() -> None:
     assert "fallback" not in plain["args"], "an app without one has the arguments it always had: no restart"
     entries = [gateway_table([], [config])["models"]["chat"]["berths"][0] for config in (allowed, asked, plain)]
     assert [entry.get("may_differ") for entry in entries] == [True, True, None]
+
+
+def test_a_model_that_sleeps_says_so_and_others_have_the_arguments_they_always_had() -> None:
+    assert berth(sleep=Sleep(60))["args"]["sleep"] == {"after_s": 60}
+    assert "sleep" not in berth()["args"]
 
 
 def test_engines_that_read_json_are_asked_in_it() -> None:
