@@ -13,7 +13,7 @@ WHEELHOUSE ?= .berth/wheelhouse
 HOST_PYTHON ?=
 HOST_PLATFORM ?=
 
-.PHONY: help setup up down verify preflight status test lint unit runtime e2e e2e-main e2e-faults e2e-serving \
+.PHONY: help setup up down verify preflight status test lint unit runtime e2e e2e-main e2e-faults e2e-serving e2e-runtime \
 	docs molecule lab-engine lab-up lab-down lab-ssh wheelhouse clean
 .DEFAULT_GOAL := help
 
@@ -38,7 +38,7 @@ down: setup ## Stop exactly what `make up` started
 # Side by side: what waits for Ray in one lane leaves the processors to the other. The unit tests have them to themselves.
 test: setup ## The whole gate: lint, unit tests, the main job end to end, the lab's default scenario
 	@docker info >/dev/null 2>&1 && lab=molecule || lab=; export MAKE="$(MAKE)"; \
-	  tests/lanes.sh lint runtime && tests/lanes.sh unit && tests/lanes.sh "e2e-main e2e-serving" "e2e-faults $$lab" && \
+	  tests/lanes.sh lint runtime && tests/lanes.sh unit && tests/lanes.sh "e2e-main e2e-serving e2e-runtime" "e2e-faults $$lab" && \
 	  { [ "$$lab" ] || echo "SKIPPED the lab's scenario: no Docker engine answers (make lab-engine)"; }
 
 lint: setup ## ruff, mypy, yamllint, ansible-lint
@@ -50,7 +50,7 @@ lint: setup ## ruff, mypy, yamllint, ansible-lint
 unit: setup ## Unit and property tests (a minute)
 	@$(BIN)/pytest tests/unit -m "not runtime" --numprocesses=logical --dist=loadfile $(ARGS)
 
-e2e: e2e-main e2e-faults e2e-serving ## The main job, its faults and the unit tests that need Ray: real Ray, real engine
+e2e: e2e-main e2e-faults e2e-serving e2e-runtime ## The main job, its faults and the unit tests that need Ray: real Ray, real engine
 
 # Tests side by side share the environments: one of them installs, the others wait.
 runtime: setup
@@ -60,7 +60,11 @@ e2e-main: runtime
 	@$(BIN)/pytest tests/e2e/test_main_job.py -v --durations=12 $(ARGS)
 
 e2e-faults: runtime
-	@$(BIN)/pytest tests/e2e/test_faults.py tests/e2e/test_ray_runtime.py -v --durations=12 $(ARGS)
+	@$(BIN)/pytest tests/e2e/test_faults.py -v --durations=12 $(ARGS)
+
+# Brings tiny environments of its own.
+e2e-runtime: setup
+	@$(BIN)/pytest tests/e2e/test_ray_runtime.py -v --durations=12 $(ARGS)
 
 e2e-serving: runtime
 	@$(BIN)/pytest tests/unit -m runtime -v --durations=12 $(ARGS)

@@ -15,12 +15,11 @@ class SimGpuWorker(CPUWorker):  # type: ignore[misc]
     Never the planned figure, so that the driver's view stays an independent witness.
     """
 
-    _held: list[allocator.Allocation]
-
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         tensors = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.get_model().parameters()}
-        self._held = [allocator.allocate(sum(tensors.values()), self.local_rank)]
+        self._bytes = [sum(tensors.values())]
+        self._held = [allocator.allocate(self._bytes[0], self.local_rank)]
 
     def compile_or_warm_up_model(self) -> Any:
         # Where nothing is compiled the CPU engine skips the run that gives a pipeline's later stages their buffers.
@@ -30,15 +29,14 @@ class SimGpuWorker(CPUWorker):  # type: ignore[misc]
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         # The driver refuses before the memory is touched, as on a real card.
-        budget = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-        self._held.append(allocator.allocate(budget, self.local_rank))
+        self._bytes.append(sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors))
+        self._held.append(allocator.allocate(self._bytes[-1], self.local_rank))
         super().initialize_from_config(kv_cache_config)
 
     def sleep(self, level: int = 1) -> None:
         """What vLLM's GPU worker gives back at level 1; the tensors themselves lie in the host's memory anyway."""
-        self._slept = [item.mib for item in self._held]
         while self._held:
             allocator.free(self._held.pop())
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        self._held = [allocator.allocate_mib(round(mib), self.local_rank) for mib in self._slept]
+        self._held = [allocator.allocate(held, self.local_rank) for held in self._bytes]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ import requests
 
 from berth.gpu.sim import build
 from berth.ray.start import NO_IDLE_WORKERS
+from berth.ray.state import parse_state
 from tests.conftest import find_runtime
 
 ROOT = Path(__file__).parents[3]
@@ -50,6 +52,20 @@ class Cluster:
         )
         env = {**os.environ, **build.environment(self._sim)}
         return int(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout)
+
+    def places(self, app: str) -> Counter[str]:
+        """How many replicas of ``app`` run on each slot."""
+        found = self.tell(details=True)
+        state = parse_state(found["nodes"], found["serve"])
+        slot_of = {node.node_id: node.slot or "none" for node in state.nodes}
+        return Counter(
+            slot_of[str(replica.node_id)]
+            for item in state.apps
+            if item.name == app
+            for deployment in item.deployments
+            for replica in deployment.replicas
+            if replica.state == "RUNNING"
+        )
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout

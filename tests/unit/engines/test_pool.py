@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -82,13 +81,13 @@ def test_serve_scales_a_pool_within_its_slots_and_restarts_it_while_it_answers(c
     with ExitStack() as all_at_once:
         for load in loads:
             all_at_once.enter_context(load)
-        wait(lambda: sum(places(cluster).values()) == 2)
-        assert places(cluster) == {"a-0": 1, "a-1": 1}, "as many on each as are reserved, and on no other"
+        wait(lambda: sum(cluster.places("chat@pool").values()) == 2)
+        assert cluster.places("chat@pool") == {"a-0": 1, "a-1": 1}, "as many on each as are reserved, and on no other"
         wait(lambda: drift(cluster, first) == [])
         assert {item.kind for item in drift(cluster, second)} == {"replica_wrong_slot"}
         # a-0 is drained: it leaves the pool, and a-2 takes its place.
         assert roll_out(cluster, second, CHAT) == ["roll chat@pool", "make chat@pool"]
-        assert set(places(cluster)) == {"a-1", "a-2"}
+        assert set(cluster.places("chat@pool")) == {"a-1", "a-2"}
         wait(lambda: drift(cluster, second) == [])
         for load in loads:
             load.goes_on()
@@ -127,21 +126,6 @@ def roll_out(cluster: Cluster, plan: Plan, app: Any) -> list[str]:
 
 def berths_of(live: Any) -> dict[str, Any]:
     return {name: item for name, item in live.items() if name != GATEWAY}
-
-
-def places(cluster: Cluster) -> Counter[str]:
-    """How many replicas of the pool run on each slot."""
-    found = cluster.tell(details=True)
-    state = parse_state(found["nodes"], found["serve"])
-    slot_of = {node.node_id: node.slot or "none" for node in state.nodes}
-    return Counter(
-        slot_of[str(replica.node_id)]
-        for app in state.apps
-        if app.name == "chat@pool"
-        for deployment in app.deployments
-        for replica in deployment.replicas
-        if replica.state == "RUNNING"
-    )
 
 
 def drift(cluster: Cluster, plan: Plan) -> list[Finding]:

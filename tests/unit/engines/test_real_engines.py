@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import json
+import operator
 import os
 import re
 import struct
 import subprocess
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +58,9 @@ APPS: list[dict[str, Any]] = [
         **SHARED,
         "name": "sees",
         "model": str(MODELS / "vision"),
-        "pins": ["GPU-1"],
+        "replicas": 2,
+        "placement": "pool",
+        "strategy": "spread",
         "engine_args": SMALL,
         "sleep": {"after_s": 5},
     },
@@ -94,21 +98,20 @@ def counted() -> dict[str, int]:
     return found
 
 
-def counter(cluster: Cluster, name: str) -> dict[tuple[str, str], float]:
-    """One of vLLM's counters as Ray shows it on the nodes' metrics ports, by model and number of the engine in it."""
-    found = {}
+def counter(cluster: Cluster, name: str, model: str) -> list[float]:
+    """One of vLLM's counters for a model on each node that has an engine of it, from Ray's metrics ports."""
+    found = []
     for node in cluster.tell(details=True)["nodes"]:
         text = requests.get(f"http://127.0.0.1:{node['metrics_port']}/metrics", timeout=30).text
-        for labels, value in re.findall(rf"^ray_vllm_{name}(?:_total)?\{{(.*)\}} (\S+)$", text, re.MULTILINE):
-            told = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-            found[told["model_name"], told.get("engine", "")] = float(value)
+        lines = re.findall(rf"^ray_vllm_{name}(?:_total)?\{{(.*)\}} (\S+)$", text, re.MULTILINE)
+        values = [float(value) for labels, value in lines if f'model_name="{model}"' in labels]
+        found += [sum(values)] if values else []
     return found
 
 
 def fetched(cluster: Cluster, model: str) -> float:
     """Tokens of prompts whose KV cache came to this model's engine from another one."""
-    found = counter(cluster, "external_prefix_cache_hits")
-    return sum(value for (name, _), value in found.items() if name == model)
+    return sum(counter(cluster, "external_prefix_cache_hits", model))
 
 
 def test_one_engine_reads_the_prompt_and_another_answers_from_its_cache(cluster: Cluster) -> None:
@@ -187,15 +190,32 @@ def test_a_model_that_sees_is_shown_pictures_as_openais_are(cluster: Cluster) ->
     assert blind.status_code == 400, "a model that does not see says so"
 
 
-def test_an_engine_that_nobody_asks_sleeps_and_wakes_as_it_was(cluster: Cluster) -> None:
-    def told() -> str:
-        answer = ask(model="sees")
-        assert answer.status_code == 200, answer.text
-        text: str = answer.json()["choices"][0]["text"]
-        return text
+def test_a_pool_of_them_has_one_on_each_slot_and_both_answer(cluster: Cluster) -> None:
+    assert cluster.places("sees@pool") == dict.fromkeys(NAMES, 1)
+    before = counter(cluster, "request_success", "sees")
+    assert len(before) == 2, "each had its warm-up"
 
-    before, awake = told(), cluster.used_mib()
-    wait(lambda: cluster.used_mib() < awake, found=cluster.used_mib)
-    assert awake - cluster.used_mib() >= SMALL["kv_cache_memory_bytes"] >> 20
-    assert told() == before
+    def both() -> bool:
+        told()
+        return all(map(operator.gt, counter(cluster, "request_success", "sees"), before))
+
+    wait(both)
+
+
+def test_engines_that_nobody_asks_sleep_and_wake_as_they_were(cluster: Cluster) -> None:
+    def all_at_once() -> set[str]:
+        with ThreadPoolExecutor(8) as pool:
+            return set(pool.map(lambda _: told(), range(8)))
+
+    (text,), awake = all_at_once(), cluster.used_mib()
+    both = 2 * SMALL["kv_cache_memory_bytes"] >> 20
+    wait(lambda: cluster.used_mib() <= awake - both, found=cluster.used_mib)
+    assert all_at_once() == {text}
     assert cluster.used_mib() == awake
+
+
+def told() -> str:
+    answer = ask(model="sees")
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
