@@ -78,24 +78,29 @@ class Sleeper:
     async def _wake(self) -> None:
         async with self._turn:
             if self.asleep and not self._failed:
-                await self._change(self._server.wake, asleep=False)
+                async with gpu_locks():
+                    await self._change(self._server.wake, asleep=False)
 
     async def _watch(self) -> None:
         while not self._failed:
-            left = self._since + self._after_s - time.monotonic()
-            if self._asking or self.asleep or left > 0:
-                await asyncio.sleep(LOOK_S if self._asking or self.asleep else min(left, LOOK_S))
+            if (left := self._left_s()) > 0:
+                await asyncio.sleep(min(left, LOOK_S))
                 continue
-            async with self._turn:
-                # Whoever came meanwhile would wake it at once; whoever comes now waits for its turn.
-                if not self._asking:
+            # The lock first: it may be long in coming, and until then it is awake for whoever asks.
+            async with gpu_locks(), self._turn:
+                if self._left_s() <= 0:
                     await self._change(self._server.sleep, asleep=True)
+
+    def _left_s(self) -> float:
+        """How long it stays awake if nobody asks."""
+        if self._asking or self.asleep:
+            return self._after_s
+        return self._since + self._after_s - time.monotonic()
 
     async def _change(self, how: Callable[[], Awaitable[None]], *, asleep: bool) -> None:
         begun, word = time.monotonic(), "asleep" if asleep else "awake"
         try:
-            async with gpu_locks():
-                await how()
+            await how()
         except Exception as error:
             self._failed = f"{self._model} should be {word}, and its engine says: {error}"
             logging.getLogger("ray.serve").exception(self._failed)

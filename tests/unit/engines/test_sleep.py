@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +104,26 @@ def test_who_comes_while_it_falls_asleep_waits_and_is_answered() -> None:
         assert server.said[:2] == ["sleep", "wake"]
 
     scene(play)
+
+
+def test_one_that_waits_for_its_neighbours_start_is_awake_until_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BERTH_LOCK_DIR", str(tmp_path))
+    monkeypatch.setenv("BERTH_GPU_UUIDS", "GPU-a")
+
+    async def play(server: Server, sleeper: Sleeper) -> None:
+        for _ in range(3):
+            await asyncio.sleep(2 * AFTER_S)
+            assert await answer(server, sleeper) == ["word"]
+        assert server.said == []
+        fcntl.flock(starting, fcntl.LOCK_UN)
+        await until(lambda: sleeper.asleep)
+        assert await answer(server, sleeper) == ["word"]
+
+    with (tmp_path / "GPU-a.lock").open("a") as starting:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        scene(play)
 
 
 def test_who_hangs_up_while_it_wakes_leaves_it_awake_for_the_others() -> None:
