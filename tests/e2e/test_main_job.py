@@ -328,13 +328,20 @@ def test_tokens_there_and_back(cluster: Cluster) -> None:
 
 
 def test_bad_input_is_refused_in_words_and_leaves_nothing(cluster: Cluster) -> None:
-    _misuse(cluster)  # What is loaded with the first request of a kind stays.
-    before = bad_input.held(cluster)
+    """What is loaded with the first request of a kind stays, and so does a connection to a replica that was not asked
+    before; what leaks does so every time."""
     _misuse(cluster)
-    deadline = time.monotonic() + 20
-    while more := {key: (before.get(key), now) for key, now in _held_more(cluster, before)}:
-        assert time.monotonic() < deadline, f"(before, after): {more}"
-        time.sleep(0.5)
+    left: list[dict[str, tuple[int | None, int]]] = []
+    for _ in range(4):
+        before = bad_input.held(cluster)
+        _misuse(cluster)
+        deadline = time.monotonic() + 20
+        while (more := _held_more(cluster, before)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if not more:
+            return
+        left.append({key: (before.get(key), now) for key, now in more})
+    pytest.fail(f"(before, after) of each time: {left}")
 
 
 def _held_more(cluster: Cluster, before: dict[str, int]) -> list[tuple[str, int]]:
