@@ -44,6 +44,29 @@ def version(lock: Path) -> str:
     return hashlib.sha1(lock.read_text().rstrip("\n").encode()).hexdigest()[:12]
 
 
+SEVERAL_PLAYS = """
+- name: One that asks for the agent
+  hosts: berth
+  gather_facts: false
+  tasks:
+    - name: Agent
+      ansible.builtin.import_role: {name: berth_agent, tasks_from: find}
+    - name: Unlock
+      ansible.builtin.import_role: {name: berth, tasks_from: unlock}
+
+- name: One as in site.yml
+  hosts: berth
+  gather_facts: false
+  tasks:
+    - name: Directories
+      ansible.builtin.import_role: {name: berth}
+    - name: Agent
+      ansible.builtin.import_role: {name: berth_agent}
+    - name: Unlock
+      ansible.builtin.import_role: {name: berth, tasks_from: unlock}
+"""
+
+
 @dataclass
 class Host:
     """A state directory on this machine, with an agent's environment that is this test's own Python."""
@@ -65,7 +88,9 @@ class Host:
         command = [str(self.root / environment / "bin/python"), "-c", code]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    def play(self, lock: Path, *args: str, wheelhouse: str = "wheelhouse", back: bool = False) -> Play:
+    def play(
+        self, lock: Path, *args: str, wheelhouse: str = "wheelhouse", back: bool = False, book: str = PLAY
+    ) -> Play:
         variables = {
             "berth_cluster": "rt",
             "berth_state_dir": str(self.where / "state"),
@@ -78,6 +103,7 @@ class Host:
         env = os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
         # Nothing but the wheelhouse may be found.
         env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_INDEX_URL": "http://127.0.0.1:9/"}
+        (self.where / "play.yml").write_text(book)
         command = [str(BIN / "ansible-playbook"), str(self.where / "play.yml"), "-i", str(ROOT / "inventories/local")]
         command += ["-e", json.dumps(variables), *args]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -109,7 +135,6 @@ class Play:
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     where = tmp_path_factory.mktemp("runtime")
     made = Host(where)
-    (where / "play.yml").write_text(PLAY)
     wheels = where / "index"
     locks = []
     for number in (1, 2, 3):
@@ -234,3 +259,14 @@ def test_an_interrupted_installation_is_begun_anew_and_the_oldest_environment_go
     play = host.play(host.lock(3)).ok()
     assert play.changed == 1
     assert not (host.root / one).exists()
+
+
+def test_an_agent_that_an_earlier_play_has_found_is_still_there(host: Host) -> None:
+    """Playbooks that import each other are one run; its second play must not forget what the first one registered."""
+    mark = next((host.where / "agent").glob("*/.complete"))
+    before = mark.read_text()
+    mark.write_text((ROOT / ".berth/dist/.sources").read_text()[:40])
+    try:
+        host.play(host.lock(1), book=SEVERAL_PLAYS).ok()
+    finally:
+        mark.write_text(before)
