@@ -54,8 +54,9 @@ class _Model:
 
 
 class Routes:
-    """By model over that model's berths: two random choices, then the fewer outstanding requests of ours, each berth
-    weighted by its replicas (the power of two choices, Mitzenmacher 2001).
+    """By model over that model's berths: the one with the fewest outstanding requests of ours for each of its replicas;
+    among equals by chance. Two random choices are for who cannot look at all of them or looks at what is stale; each
+    gateway knows what it has sent itself, so that several do not all run to one berth.
 
     ``get_handle(model, app)`` gives a handle to a berth's deployment and raises when there is none;
     ``runs(handle)`` tells how many of its replicas run, None where that cannot be told.
@@ -214,7 +215,9 @@ class Routes:
             known = self._affinity.find(keys, load, slack) or (home(session, load, slack) if session else None)
             if known is not None:
                 return next(berth for berth in free if berth.app == known)
-        return min(random.choices(free, weights=[berth.replicas for berth in free], k=2), key=self._load)
+        least = min(map(self._load, free))
+        equal = [berth for berth in free if self._load(berth) == least]
+        return random.choices(equal, weights=[berth.replicas for berth in equal])[0]
 
     async def answer(
         self, asked: str | None, method: str, request: Any, *more: Any, session: str = ""

@@ -213,6 +213,20 @@ def test_requests_go_where_fewer_are_outstanding() -> None:
     assert scene.routes.outstanding() == {}
 
 
+def test_what_is_held_at_once_is_spread_evenly_by_replicas() -> None:
+    scene = Scene(table(chat={"a": 1, "b": 1, "c": 2}))
+
+    async def run() -> None:
+        held = []
+        for more in range(1, 6):
+            for _ in range(4):
+                held.append(scene.routes.answer("chat", "chat", {}))
+                await anext(held[-1])
+            assert scene.routes.outstanding() == {"a": more, "b": more, "c": 2 * more}
+
+    asyncio.run(run())
+
+
 def test_full_berths_answer_429_and_a_place_that_is_free_is_used() -> None:
     config = table(chat={"a": 1, "b": 1})
     for berth in config["models"]["chat"]["berths"]:
