@@ -19,7 +19,7 @@ stamp="$(cat requirements/*.txt pyproject.toml | sha1sum | cut -c1-40) $PWD $("$
 if [ "$(cat .venv/.berth-stamp 2>/dev/null)" != "$stamp" ]; then
     echo "berth: installing the controller's environment into .venv (a minute)"
     "$python" -m venv --clear .venv
-    # Python compiles what is imported, a tenth of it, when it is; pip would compile all, for most of a minute.
+    # Python compiles what is imported when it is; pip would compile all of it.
     .venv/bin/pip install -qq --disable-pip-version-check --no-compile --no-deps \
         -r requirements/controller.txt -r requirements/dev.txt
     .venv/bin/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .

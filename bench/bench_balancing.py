@@ -1,7 +1,7 @@
 """The gateway's choice between berths against Serve's own between replicas: ``python -m bench.bench_balancing``
 
 The same number of light replicas twice in one cluster, behind the same gateway: as berths of one replica each, among
-which the gateway chooses, and as one deployment with all of them, whose router is Serve's (power of two choices too).
+which the gateway chooses, and as one deployment with all of them, whose router is Serve's (power of two choices).
 A replica works on few requests at once, so that a bad choice waits. Answers are of very different lengths. Needs a
 runtime environment (make up, or BERTH_RUNTIME_PYTHON) and a C compiler for the simulated driver.
 """
